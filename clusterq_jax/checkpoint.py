@@ -1,0 +1,83 @@
+"""Checkpoints of the train state, with Orbax.
+
+A checkpoint is written to a temporary folder and renamed when whole, so one cut
+short is never taken for a whole one; should the newest be unreadable all the
+same, the one before it is used, and that is said.
+"""
+
+from collections.abc import Callable
+import logging
+import os
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from clusterq_jax.errors import InputError
+
+_KEPT = 2
+
+
+class Checkpoints:
+  """The checkpoints of one workdir, the newest two kept."""
+
+  def __init__(self, directory: str):
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    self._directory = os.path.abspath(directory)
+    try:
+      self._checkpointer = ocp.training.Checkpointer(
+        self._directory,
+        preservation_policy=ocp.training.preservation_policies.LatestN(_KEPT),
+        cleanup_tmp_directories=True,
+      )
+    except OSError as e:
+      raise InputError(f'{directory}: cannot be written: {e.strerror}') from e
+
+  def save(self, step: int, state: Any, wall_s: float) -> None:
+    """Saves, and returns once the checkpoint is whole.
+
+    Raises:
+      InputError: the disk is full or the folder cannot be written to.
+    """
+    if any(c.step == step for c in self._checkpointer.checkpoints):
+      return
+    try:
+      self._checkpointer.save(step, state, custom_metadata={'wall_s': wall_s})
+    except Exception as e:  # Orbax and TensorStore raise many kinds
+      reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
+      raise InputError(
+        f'{self._directory}: checkpoint {step} cannot be written ({reason}); '
+        'the checkpoints before it are kept'
+      ) from e
+
+  def restore(
+    self, abstract: Any, say: Callable[[str], None]
+  ) -> tuple[Any, float] | None:
+    """The newest readable state and the seconds that went into it.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings.
+      say: told when a checkpoint is skipped.
+
+    Returns:
+      (state, wall seconds), or None without a checkpoint.
+
+    Raises:
+      InputError: there are checkpoints and none can be read.
+    """
+    steps = sorted((c.step for c in self._checkpointer.checkpoints))
+    for step in reversed(steps):
+      try:
+        state = self._checkpointer.load(step, abstract)
+        jax.block_until_ready(state)
+        metadata = self._checkpointer.metadata(step).custom_metadata or {}
+        return state, float(metadata.get('wall_s', 0.0))
+      except Exception as e:  # a damaged file raises many kinds
+        first = (str(e).strip() or repr(e)).splitlines()[0]
+        say(f'checkpoint {step} cannot be read and is skipped ({first[:200]})')
+    if steps:
+      raise InputError(
+        f'{self._directory}: none of the checkpoints {steps} can be read; '
+        'remove the folder to start again'
+      )
+    return None

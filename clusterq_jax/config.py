@@ -1,0 +1,227 @@
+"""The configuration: every field with its default, and what is refused.
+
+A config file in `configs/` calls `defaults()`, changes what its experiment
+changes, and returns it. The defaults are the paper's values (arXiv 2205.00179)
+for CIFAR. It lives in the package so that `train.quantize` can be called as a
+library, from any folder.
+"""
+
+import json
+import math
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
+from clusterq_jax.quant import numerics
+
+# Sections that may differ between runs of one workdir.
+FREE_SECTIONS = ('eval', 'export', 'report')
+
+_CHOICES = {
+  'teacher.arch': registry.names(),
+  'quant.placement': ('paper', 'integer'),
+  'quant.ranges': ('minmax', 'learned'),
+  'student.optimizer': ('sgd', 'adam'),
+  'loss.class_reduction': ('sum', 'mean'),
+  'schedule.lr_decay': ('step', 'cosine'),
+  'eval.source': ('none', 'fashion_mnist', 'npz'),
+  'eval.network': ('student', 'teacher'),
+}
+# Smallest value allowed.
+_AT_LEAST = {
+  'schedule.batch_size': 2,
+  'schedule.warmup_steps': 0,
+  'schedule.generator_steps': 0,
+  'schedule.joint_steps': 0,
+  'schedule.student_steps': 0,
+  'schedule.pool_batches': 0,
+  'schedule.range_steps': 0,
+  'centroids.images_per_class': 1,
+  'generator.latent_dim': 1,
+  'eval.batch_size': 1,
+  'eval.synthetic_images': 2000,
+  'report.log_every': 1,
+  'checkpoint_every': 1,
+  'generator.lr': 0.0,
+  'student.lr': 0.0,
+  'student.quant_lr': 0.0,
+}
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Every field, with the paper's CIFAR values where the paper has one."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.checkpoint_every = 1000  # steps
+
+  config.teacher = teacher = ml_collections.ConfigDict()
+  teacher.arch = 'resnet20'
+  teacher.weights = 'embedded'
+  teacher.hint = ''  # how to get the weights, for the error without them
+  teacher.num_classes = placeholder(int)  # None: as in the weights
+  # What the weights expect as input; None: as the file's metadata say.
+  teacher.image_size = placeholder(tuple)
+  teacher.mean = placeholder(tuple)
+  teacher.std = placeholder(tuple)
+  teacher.pixel_range = placeholder(float)
+  teacher.channel_order = placeholder(str)
+
+  config.quant = quant = ml_collections.ConfigDict()
+  quant.weight_bits = 4
+  quant.activation_bits = 4
+  quant.first_weight_bits = placeholder(int)  # None: weight_bits
+  quant.last_weight_bits = placeholder(int)
+  quant.placement = 'paper'
+  quant.ranges = 'minmax'  # or 'learned', from the MSE-optimal clip
+
+  config.generator = generator = ml_collections.ConfigDict()
+  generator.latent_dim = 100
+  generator.channels = (128, 128, 64)
+  generator.lr = 1e-3
+  generator.betas = (0.5, 0.999)
+
+  config.student = student = ml_collections.ConfigDict()
+  student.optimizer = 'sgd'
+  student.lr = 1e-4
+  student.momentum = 0.9  # Nesterov, sgd only
+  student.weight_decay = 1e-4
+  student.quant_lr = 1e-3  # of log steps, learned ranges only
+
+  config.loss = loss = ml_collections.ConfigDict()
+  loss.statistics = 0.1  # a1
+  loss.sfda = 0.9  # a2
+  loss.diversity = 0.6  # a3
+  loss.noise = (0.5, 1.0)  # lambda_mu, lambda_sigma
+  loss.noise_relative = False  # to the stored std of each channel
+  loss.class_reduction = 'sum'  # over classes
+  loss.student_cross_entropy = 1.0
+  loss.distillation = 1.0  # gamma
+
+  config.centroids = centroids = ml_collections.ConfigDict()
+  centroids.decay = 0.2  # beta: weight of the new statistics
+  centroids.first_layer = placeholder(int)  # None: (L + 1) // 2 - 2
+  centroids.images_per_class = 32  # for their initialisation, on average
+
+  config.schedule = schedule = ml_collections.ConfigDict()
+  schedule.batch_size = 200
+  schedule.warmup_steps = 10_000  # generator, L1
+  schedule.generator_steps = 0  # generator, L2
+  schedule.joint_steps = 70_000  # generator, L2, and student, L3
+  schedule.student_steps = 0  # student, L3, on the pool
+  schedule.pool_batches = 0
+  schedule.lr_decay = 'step'
+  schedule.lr_boundaries = (20_000, 40_000, 60_000)
+  schedule.lr_factor = 0.1
+  schedule.range_steps = 800  # student steps in which ranges adapt (minmax)
+
+  config.augment = augment = ml_collections.ConfigDict()
+  augment.probability = 0.5  # per batch
+  augment.flip = True
+
+  config.eval = evaluation = ml_collections.ConfigDict()
+  evaluation.source = 'none'
+  evaluation.path = ''
+  evaluation.network = 'student'
+  evaluation.batch_size = 250
+  evaluation.synthetic_images = 2048
+
+  config.report = report = ml_collections.ConfigDict()
+  report.log_every = 100  # steps
+  return config.lock()
+
+
+def _flat(tree: dict, prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flat(value, f'{prefix}{key}.'))
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Dotted field name to value."""
+  return _flat(config.to_dict())
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Refuses, with reasons, what no run could use.
+
+  Raises:
+    InputError: naming the field, the value found and what was expected.
+  """
+  known, values = flatten(defaults()), flatten(config)
+  for field in values.keys() ^ known.keys():
+    problem = 'unknown' if field in values else 'missing'
+    raise InputError(f'config.{field}: {problem} field')
+  for field, choices in _CHOICES.items():
+    if values[field] not in choices:
+      raise InputError(
+        f'config.{field}={values[field]!r}: expected one of '
+        f'{", ".join(choices)}'
+      )
+  for field, least in _AT_LEAST.items():
+    if not values[field] >= least:
+      raise InputError(
+        f'config.{field}={values[field]!r}: expected at least {least}'
+      )
+  for field, value in values.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise InputError(f'config.{field}={value}: expected a finite number')
+    if field.endswith('_bits') and value is not None:
+      if value not in numerics.BITS:
+        raise InputError(f'config.{field}={value}: expected 2 to 8')
+  for field, length in (('generator.channels', 3), ('loss.noise', 2)):
+    if len(values[field]) != length:
+      raise InputError(
+        f'config.{field}={values[field]}: expected {length} numbers'
+      )
+  if not 0 < values['centroids.decay'] <= 1:
+    raise InputError(
+      f'config.centroids.decay={values["centroids.decay"]}: expected a number '
+      'above 0, at most 1'
+    )
+  _validate_schedule(config.schedule)
+
+
+def _validate_schedule(schedule: ml_collections.ConfigDict) -> None:
+  filled = schedule.generator_steps + schedule.joint_steps
+  if not schedule.joint_steps and not schedule.student_steps:
+    raise InputError(
+      'config.schedule.joint_steps=0 and student_steps=0: the student would '
+      'never train; expected one above 0'
+    )
+  if schedule.student_steps and not 0 < schedule.pool_batches <= filled:
+    raise InputError(
+      f'config.schedule.pool_batches={schedule.pool_batches}: student_steps '
+      f'draw from it; expected 1 to generator_steps + joint_steps = {filled}'
+    )
+
+
+def total_steps(schedule: ml_collections.ConfigDict) -> int:
+  return (
+    schedule.warmup_steps
+    + schedule.generator_steps
+    + schedule.joint_steps
+    + schedule.student_steps
+  )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def differences(old: dict, new: ml_collections.ConfigDict) -> list[str]:
+  """Training fields in which a stored config differs: 'field: old -> new'."""
+  before = _flat(old)
+  after = _flat(json.loads(to_json(new)))
+  return [
+    f'{field}: {before.get(field)!r} -> {after.get(field)!r}'
+    for field in sorted(before.keys() | after.keys())
+    if field.split('.')[0] not in FREE_SECTIONS
+    and before.get(field) != after.get(field)
+  ]

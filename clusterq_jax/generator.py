@@ -1,0 +1,86 @@
+"""The conditional generator G(z | y) of GDFQ (Xu et al. 2020), for small images.
+
+embedding(y) * z -> dense -> H/4 x W/4 -> BN -> x2 -> conv, BN, leaky ReLU -> x2
+-> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain and bias, which gives
+the images the scale of the teacher's normalised input. BatchNorm always uses the
+statistics of the batch, in training and after it, so there is no second mode in
+which images differ from those that were optimised. Left out: the
+class-conditional BatchNorm of the ImageNet variant.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from clusterq_jax.layers import convolution
+
+_EPSILON = 1e-5
+_SLOPE = 0.2
+
+
+class _BatchNorm(nn.Module):
+  affine: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    mean = jnp.mean(x, (0, 1, 2))
+    var = jnp.maximum(jnp.mean(jnp.square(x), (0, 1, 2)) - mean**2, 0.0)
+    gain = jax.lax.rsqrt(var + _EPSILON)
+    if not self.affine:
+      return (x - mean) * gain
+    gain *= self.param('scale', nn.initializers.ones, mean.shape)
+    bias = self.param('bias', nn.initializers.zeros, mean.shape)
+    return x * gain + (bias - mean * gain)
+
+
+class _Conv(nn.Module):
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (3, 3, x.shape[-1], self.features)
+    kernel = self.param('kernel', nn.initializers.lecun_uniform(), shape)
+    return convolution.conv2d(x, kernel, 1, 1)
+
+
+def _upsample(x: jax.Array) -> jax.Array:
+  """Nearest neighbour, x2: [B, H, W, C] to [B, 2H, 2W, C]."""
+  b, h, w, c = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+  return x.reshape(b, 2 * h, 2 * w, c)
+
+
+class Generator(nn.Module):
+  """Noise and labels to images in the teacher's normalised input space.
+
+  Attributes:
+    shape: (H, W, C) of the images.
+    num_classes: K.
+    latent_dim: length of z.
+    channels: of the three feature maps; (128, 128, 64) is the paper's.
+  """
+
+  shape: tuple[int, int, int]
+  num_classes: int
+  latent_dim: int = 100
+  channels: tuple[int, int, int] = (128, 128, 64)
+
+  @nn.compact
+  def __call__(self, z: jax.Array, labels: jax.Array) -> jax.Array:
+    """z [B, latent_dim] and labels int [B] to images [B, H, W, C]."""
+    height, width, depth = self.shape
+    h, w = -(-height // 4), -(-width // 4)
+    embed = nn.Embed(
+      self.num_classes,
+      self.latent_dim,
+      embedding_init=nn.initializers.normal(1.0),
+      name='embedding',
+    )
+    x = nn.Dense(h * w * self.channels[0], name='dense')(z * embed(labels))
+    x = _BatchNorm(name='bn0')(x.reshape(-1, h, w, self.channels[0]))
+    for i, features in enumerate(self.channels[1:], 1):
+      x = _Conv(features, name=f'conv{i}')(_upsample(x))
+      x = nn.leaky_relu(_BatchNorm(name=f'bn{i}')(x), _SLOPE)
+    x = _Conv(depth, name='conv_out')(x)
+    x = jnp.tanh(x + self.param('bias_out', nn.initializers.zeros, (depth,)))
+    return _BatchNorm(affine=False, name='bn_out')(x[:, :height, :width])

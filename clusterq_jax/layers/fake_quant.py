@@ -1,0 +1,180 @@
+"""The fake-quant layer set: the student.
+
+The same parameters and BatchNorm statistics as the float set, by name, plus the
+collection `quant`: the logarithm of each quantizer's step (a step is positive,
+and its useful changes are relative). BatchNorm statistics are the teacher's,
+frozen; its gain and bias train. Formulas are in `quant/numerics.py`, places and
+bit widths in `quant/plan.py`.
+"""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from clusterq_jax.layers import convolution, protocol
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.quant import numerics
+from clusterq_jax.quant.plan import Plan
+
+
+class _Quantized(nn.Module):
+  """What every quantized layer shares.
+
+  Attributes:
+    plan: every quantizer of the student.
+    calibrate: set the steps from the values that pass, into `quant`.
+    observe: sow the step that the values that pass would want, by largest
+      magnitude, into `ranges`.
+  """
+
+  plan: Plan
+  calibrate: bool = False
+  observe: bool = False
+
+  def _quantize(self, x, key: str, low: int, high: int, axes) -> jax.Array:
+    def best():
+      if self.plan.learned:
+        return jnp.log(numerics.mse_step(x, low, high, axes))
+      return jnp.log(numerics.max_step(x, high, axes))
+
+    log_step = self.variable('quant', key, best)
+    if self.calibrate:
+      log_step.value = best()
+    return numerics.fake_quant(x, jnp.exp(log_step.value), low, high)
+
+  def quantize_weights(self, kernel: jax.Array) -> jax.Array:
+    """Per output channel, the last axis of kernel [..., O]."""
+    assert self.name is not None
+    low, high = numerics.weight_range(self.plan.weight_bits(self.name))
+    axes = tuple(range(kernel.ndim - 1))
+    if self.plan.learned:
+      return self._quantize(kernel, 'weights', low, high, axes)
+    step = jax.lax.stop_gradient(numerics.max_step(kernel, high, axes))
+    return numerics.fake_quant(kernel, step, low, high)
+
+  def quantize_output(self, x: jax.Array) -> jax.Array:
+    """Per tensor, where the plan has a quantizer; x of any shape."""
+    assert self.name is not None
+    output = self.plan.output(self.name)
+    if output is None:
+      return x
+    low, high = numerics.activation_range(output.bits, output.signed)
+    axes = tuple(range(x.ndim))
+    if self.observe:
+      self.sow(
+        'ranges',
+        'output',
+        jnp.log(numerics.max_step(jax.lax.stop_gradient(x), high, axes)),
+        reduce_fn=lambda _, new: new,
+        init_fn=lambda: None,
+      )
+    return self._quantize(x, 'output', low, high, axes)
+
+
+class QuantConv(_Quantized):
+  """Convolution with quantized weights, frozen BatchNorm, activation, quantizer.
+
+  Variables as `float.ConvBN`; quant `weights` [O] (learned steps only) and
+  `output` [].
+  """
+
+  features: int = 0
+  kernel: int = 1
+  strides: int = 1
+  padding: int | None = None
+  groups: int = 1
+  act: protocol.Activation = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
+    kernel = self.param(
+      'kernel', nn.initializers.he_normal(), (*shape, self.features)
+    )
+    scale = self.param('scale', nn.initializers.ones, (self.features,))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
+    var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
+    padding = self.kernel // 2 if self.padding is None else self.padding
+    h = convolution.conv2d(
+      x, self.quantize_weights(kernel), self.strides, padding, self.groups
+    )
+    gain = scale * jax.lax.rsqrt(var.value + float_layers.BN_EPSILON)
+    h = h * gain + (bias - mean.value * gain)
+    return self.quantize_output(float_layers.activate(h, self.act))
+
+
+class QuantDense(_Quantized):
+  """Dense layer with quantized weights; params as `float.Dense`."""
+
+  features: int = 0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param(
+      'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+    )
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    return self.quantize_output(x @ self.quantize_weights(kernel) + bias)
+
+
+class _Input(_Quantized):
+  @nn.compact
+  def __call__(self, x):
+    return self.quantize_output(x)
+
+
+class _Add(_Quantized):
+  act: protocol.Activation = None
+
+  @nn.compact
+  def __call__(self, x, y):
+    return self.quantize_output(float_layers.activate(x + y, self.act))
+
+
+class _GlobalAvgPool(_Quantized):
+  @nn.compact
+  def __call__(self, x):
+    return self.quantize_output(jnp.mean(x, (1, 2)))
+
+
+def layer_set(
+  plan: Plan, calibrate: bool = False, observe: bool = False
+) -> protocol.LayerSet:
+  """The quantized layers that `plan` describes; see `_Quantized`."""
+
+  def quantized(layer):
+    # Positional arguments of the protocol are the layer's own leading fields.
+    own = [
+      f
+      for f in layer.__dataclass_fields__
+      if f not in _Quantized.__dataclass_fields__
+    ]
+
+    def factory(*args, **kwargs):
+      return layer(
+        plan=plan,
+        calibrate=calibrate,
+        observe=observe,
+        **dict(zip(own, args, strict=False)),
+        **kwargs,
+      )
+
+    return factory
+
+  def pad_shortcut(features, strides, name):
+    del name
+    return functools.partial(
+      float_layers.pad_channels, features=features, strides=strides
+    )
+
+  return protocol.LayerSet(
+    input=quantized(_Input),
+    conv_bn=quantized(QuantConv),
+    dense=quantized(QuantDense),
+    add=quantized(_Add),
+    pad_shortcut=pad_shortcut,
+    global_avg_pool=quantized(_GlobalAvgPool),
+  )

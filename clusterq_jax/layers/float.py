@@ -1,0 +1,130 @@
+"""The float layer set: the teacher.
+
+Every `conv_bn` can record the moments of its BatchNorm input, per sample and
+channel over space, in the collection `moments`: all class and batch statistics
+of the method derive from these (method of the paper, eqs. 4-9), and the feature
+maps themselves need not stay alive.
+"""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from clusterq_jax.layers import convolution, protocol
+from clusterq_jax.statistics import Moments, sample_moments
+
+BN_EPSILON = 1e-5
+_PRETRAIN_MOMENTUM = 0.9
+
+
+def activate(x: jax.Array, act: protocol.Activation) -> jax.Array:
+  return jax.nn.relu(x) if act == 'relu' else x
+
+
+def pad_channels(x: jax.Array, features: int, strides: int) -> jax.Array:
+  """[B, H, W, C] to [B, H / strides, W / strides, features], zeros around C."""
+  before = (features - x.shape[-1]) // 2
+  after = features - x.shape[-1] - before
+  x = x[:, ::strides, ::strides]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))
+
+
+class ConvBN(nn.Module):
+  """Convolution, BatchNorm, activation.
+
+  Params `kernel` [kh, kw, I / groups, O], `scale` [O], `bias` [O];
+  batch_stats `mean` [O], `var` [O].
+  """
+
+  features: int
+  kernel: int
+  strides: int = 1
+  padding: int | None = None
+  groups: int = 1
+  act: protocol.Activation = None
+  train: bool = False
+  tap: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
+    kernel = self.param(
+      'kernel', nn.initializers.he_normal(), (*shape, self.features)
+    )
+    scale = self.param('scale', nn.initializers.ones, (self.features,))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
+    var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
+    padding = self.kernel // 2 if self.padding is None else self.padding
+    h = convolution.conv2d(x, kernel, self.strides, padding, self.groups)
+    if self.tap:
+      self.sow(
+        'moments',
+        'input',
+        sample_moments(h),
+        reduce_fn=lambda _, new: new,
+        init_fn=lambda: None,
+      )
+    m, v = mean.value, var.value
+    if self.train:
+      m, v = jnp.mean(h, (0, 1, 2)), jnp.var(h, (0, 1, 2))
+      if not self.is_initializing():
+        for stored, new in ((mean, m), (var, v)):
+          stored.value += (1 - _PRETRAIN_MOMENTUM) * (new - stored.value)
+    gain = scale * jax.lax.rsqrt(v + BN_EPSILON)
+    return activate(h * gain + (bias - m * gain), self.act)
+
+
+class Dense(nn.Module):
+  """Params `kernel` [I, O], `bias` [O]."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param(
+      'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+    )
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    return x @ kernel + bias
+
+
+def layer_set(train: bool = False, tap: bool = False) -> protocol.LayerSet:
+  """The float layers.
+
+  Args:
+    train: BatchNorm uses and updates batch statistics (pretraining only).
+    tap: record BatchNorm-input moments in the collection `moments`.
+  """
+
+  def no_weights(function):
+    # Layers without variables need no module, only the factory's signature.
+    def factory(*args, name: str, **kwargs):
+      del name
+      return functools.partial(function, *args, **kwargs)
+
+    return factory
+
+  return protocol.LayerSet(
+    input=no_weights(lambda x: x),
+    conv_bn=functools.partial(ConvBN, train=train, tap=tap),
+    dense=Dense,
+    add=no_weights(lambda x, y, act=None: activate(x + y, act)),
+    pad_shortcut=no_weights(_pad_shortcut),
+    global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2))),
+  )
+
+
+def _pad_shortcut(x, features, strides):
+  return pad_channels(x, features, strides)
+
+
+def ordered_moments(
+  collections: dict, graph: protocol.Graph
+) -> tuple[Moments, ...]:
+  """The recorded moments in the network's forward order (Flax sorts keys)."""
+  return tuple(
+    collections['moments'][name]['input'] for name in graph.batch_norms
+  )

@@ -1,0 +1,110 @@
+"""The layer protocol: what an architecture may be built from.
+
+A network in `models/` is a Linen module with a `layers: LayerSet` attribute and
+uses nothing but the factories below, each with an explicit `name`. Which set it
+is given decides what the network becomes: `float.py` makes the teacher,
+`fake_quant.py` the student, and the recorder in this file makes no network at
+all but a `Graph`: the wiring, read off the architecture's own code, from which
+bit widths and quantizer places are decided (`quant/plan.py`).
+
+Left out: anything that no network here needs yet.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, Literal
+
+from flax import linen as nn
+
+Activation = Literal['relu'] | None
+Layer = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSet:
+  """Factories of layers; hashable, so that it can be a module attribute.
+
+  Attributes:
+    input: `input(name=)(x)`: entry of the network, x [B, H, W, C].
+    conv_bn: `conv_bn(features, kernel, strides, padding, groups, act, name=)
+      (x)`: convolution without bias, BatchNorm, activation.
+    dense: `dense(features, name=)(x)`: x [B, C] to logits [B, features].
+    add: `add(act, name=)(x, y)`: elementwise sum, then activation.
+    pad_shortcut: `pad_shortcut(features, strides, name=)(x)`: every
+      `strides`-th pixel, channels zero-padded on both sides to `features`
+      (the parameter-free shortcut, option A of He et al. 2015).
+    global_avg_pool: `global_avg_pool(name=)(x)`: [B, H, W, C] to [B, C].
+  """
+
+  input: Layer
+  conv_bn: Layer
+  dense: Layer
+  add: Layer
+  pad_shortcut: Layer
+  global_avg_pool: Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+  """One layer of the wiring.
+
+  Attributes:
+    name: the layer's name, also its key in every variable collection.
+    op: the factory it came from, as a field name of `LayerSet`.
+    inputs: names of the layers whose outputs it reads.
+    act: activation applied to its output.
+  """
+
+  name: str
+  op: str
+  inputs: tuple[str, ...]
+  act: Activation = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+  """The wiring of a network: its layers in forward order."""
+
+  nodes: tuple[Node, ...]
+
+  @functools.cached_property
+  def batch_norms(self) -> tuple[str, ...]:
+    """Names of the layers that hold a BatchNorm, in forward order."""
+    return tuple(n.name for n in self.nodes if n.op == 'conv_bn')
+
+  @functools.cached_property
+  def weighted(self) -> tuple[str, ...]:
+    """Names of the layers that hold weights, in forward order."""
+    return tuple(n.name for n in self.nodes if n.op in ('conv_bn', 'dense'))
+
+  def consumers(self, name: str) -> tuple[Node, ...]:
+    return tuple(n for n in self.nodes if name in n.inputs)
+
+
+def trace(build: Callable[[LayerSet], nn.Module]) -> Graph:
+  """Reads the wiring off an architecture, without any array.
+
+  Args:
+    build: makes the network from a layer set.
+
+  Returns:
+    The graph. Tensors are represented by the name of the layer that made them.
+  """
+  nodes: list[Node] = []
+
+  def recorder(op: str) -> Layer:
+    def factory(*unused_args, name: str, act: Activation = None, **unused):
+      def layer(*inputs: str) -> str:
+        if any(node.name == name for node in nodes):
+          raise ValueError(f'two layers are called {name!r}')
+        nodes.append(Node(name, op, inputs, act))
+        return name
+
+      return layer
+
+    return factory
+
+  fields = [f.name for f in dataclasses.fields(LayerSet)]
+  build(LayerSet(**{op: recorder(op) for op in fields})).apply({}, 'image')
+  return Graph(tuple(nodes))

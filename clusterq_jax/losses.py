@@ -1,0 +1,133 @@
+"""The losses of ClusterQ, one function per equation.
+
+Source: Gao et al., arXiv 2205.00179. Reductions, where the paper leaves them
+open: statistics losses are means over channels and over layers, so that L equal
+layers cost what one does; the class terms are then summed over the classes
+present, as eqs. 4 and 6 have it ('sum'), or averaged over them ('mean').
+
+Shapes: B batch, K classes, C_l channels of layer l.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clusterq_jax.statistics import EPSILON, Statistics
+
+
+def inception_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Mean cross-entropy (eq. 8, and the first term of eq. 12).
+
+  Args:
+    logits: [B, K].
+    labels: int [B].
+  """
+  return jnp.mean(
+    optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  )
+
+
+def distillation_loss(
+  student_logits: jax.Array, teacher_logits: jax.Array
+) -> jax.Array:
+  """Mean KL(teacher || student) (eq. 13, in the direction the code base uses).
+
+  Args:
+    student_logits: [B, K].
+    teacher_logits: [B, K].
+  """
+  teacher = jax.nn.log_softmax(teacher_logits)
+  student = jax.nn.log_softmax(student_logits)
+  return jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), -1))
+
+
+def _distance(a: Statistics, b: Statistics) -> jax.Array:
+  """Squared distances of mean and std, averaged over channels: [...]."""
+  return jnp.mean(
+    jnp.square(a.mean - b.mean) + jnp.square(a.std - b.std), axis=-1
+  )
+
+
+def statistics_loss(
+  batch: Sequence[Statistics], stored: Sequence[Statistics]
+) -> jax.Array:
+  """Distance of batch from stored BatchNorm statistics (eq. 9).
+
+  Args:
+    batch: [C_l] per layer.
+    stored: [C_l] per layer.
+  """
+  distances = [_distance(a, b) for a, b in zip(batch, stored, strict=True)]
+  return sum(distances, start=jnp.zeros(())) / len(distances)
+
+
+def stored_statistics(
+  batch_stats: dict, names: Sequence[str]
+) -> tuple[Statistics, ...]:
+  """A teacher's stored BatchNorm statistics, [C_l] per named layer."""
+  return tuple(
+    Statistics(
+      batch_stats[n]['mean'], jnp.sqrt(batch_stats[n]['var'] + EPSILON)
+    )
+    for n in names
+  )
+
+
+def sfda_loss(
+  classes: Sequence[Statistics],
+  centroids: Sequence[Statistics],
+  seen: jax.Array,
+  reduction: str = 'sum',
+) -> jax.Array:
+  """Semantic feature distribution alignment (eq. 4).
+
+  Args:
+    classes: class statistics of the batch, [K, C_l] per semantic layer.
+    centroids: [K, C_l] per semantic layer; no gradient flows into them.
+    seen: classes that count, bool [K].
+    reduction: over classes, 'sum' or 'mean'.
+
+  Returns:
+    A scalar; 0 without gradient when no class counts.
+  """
+  centroids = jax.lax.stop_gradient(centroids)
+  per_class = [_distance(a, b) for a, b in zip(classes, centroids, strict=True)]
+  total = sum(jnp.sum(jnp.where(seen, d, 0.0)) for d in per_class)
+  total = total / len(per_class)
+  if reduction == 'mean':
+    total = total / jnp.maximum(jnp.sum(seen), 1)
+  return jnp.asarray(total)
+
+
+def diversity_loss(
+  key: jax.Array,
+  classes: Sequence[Statistics],
+  centroids: Sequence[Statistics],
+  seen: jax.Array,
+  noise: tuple[float, float],
+  stored: Sequence[Statistics] | None = None,
+  reduction: str = 'sum',
+) -> jax.Array:
+  """Intra-class variance: alignment with centroids under noise (eq. 6).
+
+  Args:
+    key: fresh at every step.
+    classes: as in `sfda_loss`.
+    centroids: as in `sfda_loss`.
+    seen: as in `sfda_loss`.
+    noise: (lambda_mu, lambda_sigma), standard deviations of the noise on means
+      and on standard deviations; the latter are clipped at 0 after it.
+    stored: when given, noise is relative to its std, [C_l] per semantic layer.
+    reduction: as in `sfda_loss`.
+  """
+  noisy = []
+  for i, centroid in enumerate(centroids):
+    mean_key, std_key = jax.random.split(jax.random.fold_in(key, i))
+    unit = 1.0 if stored is None else stored[i].std
+    shape = centroid.mean.shape
+    mean = centroid.mean + noise[0] * unit * jax.random.normal(mean_key, shape)
+    std = centroid.std + noise[1] * unit * jax.random.normal(std_key, shape)
+    noisy.append(Statistics(mean, jnp.maximum(std, 0.0)))
+  return sfda_loss(classes, noisy, seen, reduction)

@@ -1,0 +1,56 @@
+"""The command line: flags and mode dispatch only.
+
+    python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
+        [--mode=quantize|evaluate] [--config.field=value ...]
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from clusterq_jax import report, train
+from clusterq_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_MODE = flags.DEFINE_enum(
+  'mode', 'quantize', ['quantize', 'evaluate'], 'What to do.'
+)
+
+
+def main(argv: list[str]) -> int:
+  """Runs one mode; returns the exit code."""
+  try:
+    _parse(argv)
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    mode = train.quantize if _MODE.value == 'quantize' else train.evaluate
+    results = mode(config, workdir)
+    print(report.closing_table(results, config, workdir))
+  except InputError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(
+      'interrupted; the same command resumes from the last checkpoint',
+      file=sys.stderr,
+    )
+    return 130
+  return 0
+
+
+def _parse(argv: list[str]) -> None:
+  try:
+    rest = flags.FLAGS(argv)[1:]
+  except FileNotFoundError as e:
+    raise InputError(f'--config: no such file: {e.filename}') from e
+  except Exception as e:  # a config file may raise anything
+    raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
+  if rest:
+    raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
+  if _CONFIG.value is None or not _WORKDIR.value:
+    raise InputError('--config=configs/NAME.py and --workdir=DIR are required')
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -1,0 +1,111 @@
+"""What a run says while it goes: metrics.jsonl, a progress bar, a last table."""
+
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import tqdm
+
+_SILENCE_S = 20.0  # between lines where there is no terminal
+
+
+class MetricsFile:
+  """metrics.jsonl: one line per logged step, in order.
+
+  On resume, lines after the restored step are dropped: they are written again,
+  with the same values.
+  """
+
+  def __init__(self, path: pathlib.Path, step: int):
+    self._path = path
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step(line) <= step]
+    if len(kept) != len(lines):
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(''.join(f'{line}\n' for line in kept))
+      os.replace(temporary, path)
+    self._file = path.open('a')
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    rounded = {k: float(f'{v:.7g}') for k, v in sorted(values.items())}
+    self._file.write(json.dumps({'step': step, **rounded}) + '\n')
+    self._file.flush()
+
+
+def _step(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return float('inf')  # a line cut short
+
+
+class Progress:
+  """A bar on a terminal; elsewhere a line every twenty seconds."""
+
+  def __init__(self, total: int, done: int, images_per_step: int):
+    self._total, self._start, self._done = total, done, done
+    self._images = images_per_step
+    self._began = self._said = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=total, initial=done, unit='step', smoothing=0.05
+      )
+
+  def update(self, done: int, phase: str, values: dict[str, float]) -> None:
+    shown = {
+      k.split('/')[-1] if k.endswith('agreement') else k: f'{v:.3f}'
+      for k, v in values.items()
+      if k in ('generator/loss', 'student/loss', 'student/agreement')
+    }
+    step, self._done = done - self._done, done
+    now = time.monotonic()
+    if self._bar is not None:
+      self._bar.set_description(phase)
+      self._bar.set_postfix(shown)
+      self._bar.update(step)
+    elif now - self._said > _SILENCE_S or done == self._total:
+      self._said = now
+      rate = (done - self._start) / (now - self._began)
+      left = (self._total - done) / rate if rate else float('inf')
+      facts = ', '.join(f'{k} {v}' for k, v in shown.items())
+      print(
+        f'{phase}: step {done}/{self._total}, {rate * self._images:.0f} '
+        f'images/s, {left:.0f} s left, {facts}',
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def say(self, text: str) -> None:
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      print(text, file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+def peak_rss_mb() -> float:
+  """Largest resident memory of this process so far, MB."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  scale = 1e6 if sys.platform == 'darwin' else 1e3
+  return round(peak / scale, 1)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON atomically."""
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(value, indent=2) + '\n')
+  os.replace(temporary, path)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+  """Two aligned columns."""
+  width = max(len(name) for name, _ in rows)
+  return '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows)

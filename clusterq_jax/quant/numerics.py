@@ -1,0 +1,102 @@
+"""Uniform quantization: pure functions, no Flax.
+
+A quantized tensor is represented by its dequantized float values:
+  x_q = step * clip(round(x / step), low, high),
+where the codes [low, high] are
+  weights              narrow symmetric  [-(2^(b-1) - 1), 2^(b-1) - 1]
+  unsigned activations                   [0, 2^b - 1]
+  signed activations                     [-2^(b-1), 2^(b-1) - 1]
+Zero is always representable. Gradients: straight-through inside the range, zero
+outside (the clipping gradient); with respect to the step those of LSQ (Esser et
+al. 2020, arXiv 1902.08153).
+"""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+BITS = range(2, 9)
+_TINY = 1e-8
+# Clips tried by the MSE search, as fractions of the largest magnitude.
+_CLIPS = tuple(i / 40 for i in range(4, 41))
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+  """Codes of weights: narrow, symmetric; at 2 bits ternary."""
+  high = 2 ** (bits - 1) - 1
+  return -high, high
+
+
+def activation_range(bits: int, signed: bool) -> tuple[int, int]:
+  """Codes of activations."""
+  if signed:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  return 0, 2**bits - 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fake_quant(
+  x: jax.Array, step: jax.Array, low: int, high: int
+) -> jax.Array:
+  """Quantizes and dequantizes.
+
+  Args:
+    x: any shape.
+    step: positive, broadcastable to x: scalar (per tensor) or [C] (per last
+      axis).
+    low: smallest code.
+    high: largest code.
+
+  Returns:
+    step * clip(round(x / step), low, high), the shape of x.
+  """
+  return step * jnp.clip(jnp.round(x / step), low, high)
+
+
+def _fake_quant_forward(x, step, low, high):
+  return fake_quant(x, step, low, high), (x, step)
+
+
+def _fake_quant_backward(low, high, residuals, g):
+  x, step = residuals
+  scaled = x / step
+  inside = (scaled >= low) & (scaled <= high)
+  dx = jnp.where(inside, g, 0.0)
+  code = jnp.clip(jnp.round(scaled), low, high)
+  dstep = g * (code - jnp.where(inside, scaled, 0.0))
+  axes = tuple(range(x.ndim - step.ndim))
+  return dx, jnp.sum(dstep, axes).reshape(step.shape)
+
+
+fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
+
+
+def max_step(x: jax.Array, high: int, axes: tuple[int, ...]) -> jax.Array:
+  """The step at which the largest magnitude over `axes` has code `high`."""
+  return jnp.maximum(jnp.max(jnp.abs(x), axes) / high, _TINY)
+
+
+def mse_step(
+  x: jax.Array, low: int, high: int, axes: tuple[int, ...]
+) -> jax.Array:
+  """The step with the least mean squared error among 37 clips.
+
+  Args:
+    x: any shape.
+    low: smallest code.
+    high: largest code.
+    axes: reduced axes, leading; the step has the shape of the others.
+
+  Returns:
+    The step, constant with respect to gradients.
+  """
+  x = lax.stop_gradient(x)
+  widest = max_step(x, high, axes)
+
+  def error(clip):
+    return jnp.mean(jnp.square(x - fake_quant(x, clip * widest, low, high)), axes)
+
+  clips = jnp.asarray(_CLIPS)
+  return clips[jnp.argmin(lax.map(error, clips), 0)] * widest

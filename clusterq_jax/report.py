@@ -1,0 +1,78 @@
+"""The table that a run ends with."""
+
+from typing import Any
+
+import ml_collections
+
+from clusterq_jax import metrics
+
+
+def _percent(value: float | None) -> str:
+  return 'no real images given' if value is None else f'{value:.2f} %'
+
+
+def closing_table(
+  results: dict[str, Any], config: ml_collections.ConfigDict, workdir: str
+) -> str:
+  """What the user cares about, and where the files are.
+
+  Args:
+    results: as in results.json.
+    config: of the run.
+    workdir: of the run.
+  """
+  teacher, student = results.get('teacher', {}), results.get('student', {})
+  rows = [('teacher top-1', _percent(teacher.get('top1')))]
+  top1 = student.get('top1')
+  if top1 is not None and teacher.get('top1') is not None:
+    rows += [
+      (
+        'student top-1',
+        f'{top1:.2f} % ({top1 - teacher["top1"]:+.2f}, {student["n"]} images)',
+      ),
+      ('agreement with teacher', _percent(student.get('agreement'))),
+    ]
+  if 'synthetic' in results:
+    synthetic = results['synthetic']
+    rows.append(
+      (
+        'agreement on synthetic images',
+        f'{synthetic["agreement"]:.2f} % ({synthetic["n"]} images)',
+      )
+    )
+  if 'bits' in results:
+    bits, size = results['bits'], results['size']
+    before, after = size['teacher_bytes'], size['student_bytes']
+    rows += [
+      (
+        'bits',
+        f'W{bits["weights"]}A{bits["activations"]}, first and last weights '
+        f'{bits["first"]} and {bits["last"]}, {bits["placement"]} placement',
+      ),
+      (
+        'weights',
+        f'{before / 1e6:.2f} MB float32 -> {after / 1e6:.2f} MB '
+        f'(x{before / after:.1f} smaller)',
+      ),
+      (
+        'time',
+        f'{results["wall_s"]:.0f} s, of which compilation '
+        f'{results["compile_s"]:.0f} s; peak memory '
+        f'{results["peak_rss_mb"] / 1e3:.1f} GB',
+      ),
+    ]
+  rows.append(
+    (
+      'files',
+      f'{workdir}: student.safetensors, results.json, samples.png, '
+      'metrics.jsonl, checkpoints/',
+    )
+  )
+  if config.eval.source == 'none':
+    rows.append(
+      (
+        'real accuracy',
+        '--mode=evaluate --config.eval.source=npz --config.eval.path=FILE',
+      )
+    )
+  return '\n' + metrics.table(rows)

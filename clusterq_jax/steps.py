@@ -1,0 +1,381 @@
+"""The steps of the method, as pure functions of the train state.
+
+    generator_step   L1 in the warm-up (eq. 7), L2 after it (eq. 10)
+    joint_step       L2 for the generator and L3 for the student (eq. 11) on the
+                     same images; the teacher runs once
+    student_step     L3 on images of the pool, the generator at rest
+    evaluate_step    counts of right and of agreeing answers
+
+and the two transitions between phases: `initialize_centroids` and
+`calibrate_student`. All of them are methods of `Steps`, which holds what is
+static; arrays come in as arguments. Source: Gao et al., arXiv 2205.00179; the
+student-only phase is this project's (a generator rests while the student learns
+from its recent images, as IntraQ and HAST do with fixed sets).
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from clusterq_jax import augment
+from clusterq_jax import centroids as centroids_lib
+from clusterq_jax import losses
+from clusterq_jax import sharding
+from clusterq_jax import statistics
+from clusterq_jax.data import Preprocessing
+from clusterq_jax.generator import Generator
+from clusterq_jax.layers import fake_quant
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers.protocol import Graph
+from clusterq_jax.models.registry import Builder
+from clusterq_jax.quant.plan import Plan
+from clusterq_jax.state import TrainState
+
+Metrics = dict[str, jax.Array]
+LearningRate = Callable[[jax.Array], jax.Array]
+_RANGE_DECAY = 0.9  # EMA of activation ranges, per student step
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+  """Weights and choices of the losses; symbols as in the paper."""
+
+  statistics: float  # a1
+  sfda: float  # a2
+  diversity: float  # a3
+  noise: tuple[float, float]  # lambda_mu, lambda_sigma
+  noise_relative: bool
+  class_reduction: str
+  centroid_decay: float  # beta
+  student_cross_entropy: float
+  distillation: float  # gamma
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """What the steps need to know; see the module docstring for the steps.
+
+  Attributes:
+    build: makes the network from a layer set.
+    graph: its wiring.
+    plan: the student's quantizers.
+    generator: the generator.
+    preprocessing: the teacher's.
+    weights: of the losses.
+    first_semantic_layer: index of the first BatchNorm with class terms.
+    batch_size: B, images per step.
+    pool_batches: P, batches that the pool holds.
+    augment_probability: of augmenting a batch.
+    augment_flip: whether augmentation mirrors.
+    range_steps: step up to which activation ranges adapt (minmax ranges).
+    generator_lr, student_lr, quant_lr: learning rates by step.
+    generator_optimizer, student_optimizer: without learning rate.
+    mesh: devices.
+  """
+
+  build: Builder
+  graph: Graph
+  plan: Plan
+  generator: Generator
+  preprocessing: Preprocessing
+  weights: LossWeights
+  first_semantic_layer: int
+  batch_size: int
+  pool_batches: int
+  augment_probability: float
+  augment_flip: bool
+  range_steps: int
+  generator_lr: LearningRate
+  student_lr: LearningRate
+  quant_lr: LearningRate
+  generator_optimizer: optax.GradientTransformation
+  student_optimizer: optax.GradientTransformation
+  mesh: jax.sharding.Mesh
+
+  # ------------------------------------------------------------- networks
+
+  @property
+  def num_classes(self) -> int:
+    return self.generator.num_classes
+
+  @property
+  def _semantic(self) -> slice:
+    return slice(self.first_semantic_layer, None)
+
+  def _network(self, layers) -> nn.Module:
+    return self.build(layers)
+
+  def teach(self, teacher: Any, x: jax.Array):
+    """Teacher logits [B, K] and moments of every BatchNorm input."""
+    network = self._network(float_layers.layer_set(tap=True))
+    logits, taps = network.apply(teacher, x, mutable=['moments'])
+    return logits, float_layers.ordered_moments(taps, self.graph)
+
+  def teacher_logits(self, teacher: Any, x: jax.Array) -> jax.Array:
+    return self._network(float_layers.layer_set()).apply(teacher, x)
+
+  def student_logits(self, student: Any, teacher: Any, x: jax.Array):
+    """Student logits [B, K]; BatchNorm statistics are the teacher's."""
+    network = self._network(fake_quant.layer_set(self.plan))
+    variables = {**student, 'batch_stats': teacher['batch_stats']}
+    return network.apply(variables, x)
+
+  def generate(self, params: Any, key: jax.Array):
+    """A batch of images, and the labels they were asked to show."""
+    z_key, label_key = jax.random.split(key)
+    z = jax.random.normal(z_key, (self.batch_size, self.generator.latent_dim))
+    labels = jax.random.randint(
+      label_key, (self.batch_size,), 0, self.num_classes
+    )
+    z, labels = sharding.split_batch(self.mesh, (z, labels))
+    return self.generator.apply({'params': params}, z, labels), labels
+
+  def _augment(self, key: jax.Array, x: jax.Array) -> jax.Array:
+    return augment.random_resized_crop_and_flip(
+      key, x, self.augment_probability, self.augment_flip
+    )
+
+  # ------------------------------------------------------------ the state
+
+  def init(self, key: jax.Array, teacher: Any) -> TrainState:
+    """The state before the first step; the student starts as the teacher."""
+    z = jnp.zeros((1, self.generator.latent_dim))
+    labels = jnp.zeros((1,), int)
+    generator = self.generator.init(key, z, labels)['params']
+    quant = jax.eval_shape(
+      self._calibrate,
+      teacher,
+      jax.ShapeDtypeStruct(
+        (self.batch_size, *self.generator.shape), jnp.float32
+      ),
+    )
+    student = {
+      'params': jax.tree.map(jnp.asarray, teacher['params']),
+      'quant': jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), quant),
+    }
+    names = self.graph.batch_norms[self._semantic]
+    channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
+    images = self.pool_batches * self.batch_size
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      generator=generator,
+      generator_opt=self.generator_optimizer.init(generator),
+      student=student,
+      student_opt=self.student_optimizer.init(self._trained(student)),
+      centroids=centroids_lib.empty(self.num_classes, tuple(channels)),
+      pool=jnp.zeros((images, *self.generator.shape), jnp.uint8),
+      bad_step=jnp.full((), -1, jnp.int32),
+    )
+
+  def _trained(self, student: Any) -> Any:
+    """The part of the student that its optimiser moves."""
+    return student if self.plan.learned else {'params': student['params']}
+
+  # ---------------------------------------------------------- transitions
+
+  def initialize_centroids(
+    self, state: TrainState, teacher: Any, keys: jax.Array
+  ) -> TrainState:
+    """Class statistics of len(keys) batches of the warmed-up generator."""
+
+    def one_batch(key):
+      x, labels = self.generate(state.generator, key)
+      logits, moments = self.teach(teacher, x)
+      return labels, logits, moments[self._semantic]
+
+    batches = jax.lax.map(one_batch, keys)
+    labels, logits, moments = jax.tree.map(
+      lambda a: a.reshape(-1, *a.shape[2:]), batches
+    )
+    weights, seen = statistics.class_weights(labels, logits, self.num_classes)
+    classes = tuple(statistics.class_statistics(m, weights) for m in moments)
+    centroids = centroids_lib.update(state.centroids, classes, seen, 1.0)
+    return state.replace(centroids=centroids)
+
+  def _calibrate(self, teacher: Any, x: jax.Array) -> Any:
+    layers = fake_quant.layer_set(self.plan, calibrate=True)
+    return self._network(layers).apply(teacher, x, mutable=['quant'])[1][
+      'quant'
+    ]
+
+  def calibrate_student(
+    self, state: TrainState, teacher: Any, key: jax.Array
+  ) -> TrainState:
+    """Sets every quantizer from one batch of synthetic images."""
+    x, _ = self.generate(state.generator, key)
+    quant = self._calibrate(teacher, x)
+    return state.replace(student={**state.student, 'quant': quant})
+
+  # ---------------------------------------------------------------- steps
+
+  def _generator_update(self, state, teacher, key, class_terms):
+    """One generator update; also what the student can use of it."""
+    image_key, augment_key, noise_key = jax.random.split(key, 3)
+    names = self.graph.batch_norms
+    stored = losses.stored_statistics(teacher['batch_stats'], names)
+    w = self.weights
+
+    def loss_fn(params):
+      images, labels = self.generate(params, image_key)
+      x = self._augment(augment_key, images)
+      logits, moments = self.teach(teacher, x)
+      batch = [statistics.batch_statistics(m) for m in moments]
+      terms = {
+        'inception': losses.inception_loss(logits, labels),
+        'statistics': losses.statistics_loss(batch, stored),
+      }
+      loss = terms['inception'] + w.statistics * terms['statistics']
+      centroids = state.centroids
+      if class_terms:
+        weights, seen = statistics.class_weights(
+          labels, logits, self.num_classes
+        )
+        classes = tuple(
+          statistics.class_statistics(m, weights)
+          for m in moments[self._semantic]
+        )
+        relative = stored[self._semantic] if w.noise_relative else None
+        terms['sfda'] = losses.sfda_loss(
+          classes, centroids.layers, seen, w.class_reduction
+        )
+        terms['diversity'] = losses.diversity_loss(
+          noise_key,
+          classes,
+          centroids.layers,
+          seen,
+          w.noise,
+          relative,
+          w.class_reduction,
+        )
+        loss += w.sfda * terms['sfda'] + w.diversity * terms['diversity']
+        centroids = centroids_lib.update(
+          centroids, classes, seen, w.centroid_decay
+        )
+      terms['accuracy'] = jnp.mean(jnp.argmax(logits, -1) == labels)
+      terms['loss'] = loss
+      return loss, (terms, centroids, images, x, labels, logits)
+
+    grads, (terms, centroids, *images) = jax.grad(loss_fn, has_aux=True)(
+      state.generator
+    )
+    updates, opt = self.generator_optimizer.update(
+      grads, state.generator_opt, state.generator
+    )
+    new = _apply(state.generator, updates, self.generator_lr(state.step))
+    metrics = {f'generator/{k}': v for k, v in terms.items()}
+    state = state.replace(
+      generator=new, generator_opt=opt, centroids=centroids
+    )
+    return state, metrics, jax.lax.stop_gradient(tuple(images))
+
+  def _student_update(self, state, teacher, x, labels, teacher_logits):
+    layers = fake_quant.layer_set(self.plan, observe=not self.plan.learned)
+    network = self._network(layers)
+    batch_stats = teacher['batch_stats']
+    w = self.weights
+
+    def loss_fn(trained):
+      variables = {**state.student, **trained, 'batch_stats': batch_stats}
+      logits, seen = network.apply(variables, x, mutable=['ranges'])
+      entropy = losses.inception_loss(logits, labels)
+      divergence = losses.distillation_loss(logits, teacher_logits)
+      loss = w.student_cross_entropy * entropy + w.distillation * divergence
+      agree = jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1)
+      terms = {
+        'cross_entropy': entropy,
+        'distillation': divergence,
+        'agreement': jnp.mean(agree),
+        'loss': loss,
+      }
+      return loss, (terms, seen)
+
+    trained = self._trained(state.student)
+    grads, (terms, seen) = jax.grad(loss_fn, has_aux=True)(trained)
+    updates, opt = self.student_optimizer.update(
+      grads, state.student_opt, trained
+    )
+    rates = {'params': self.student_lr, 'quant': self.quant_lr}
+    new = {
+      key: _apply(trained[key], updates[key], rates[key](state.step))
+      for key in trained
+    }
+    student = {**state.student, **new}
+    if not self.plan.learned:
+      student['quant'] = self._adapt_ranges(student['quant'], seen, state.step)
+    metrics = {f'student/{k}': v for k, v in terms.items()}
+    return state.replace(student=student, student_opt=opt), metrics
+
+  def _adapt_ranges(self, quant, seen, step):
+    weight = jnp.where(step < self.range_steps, 1 - _RANGE_DECAY, 0.0)
+    return jax.tree.map(
+      lambda old, new: (1 - weight) * old + weight * new, quant, seen['ranges']
+    )
+
+  def _finish(self, state: TrainState, metrics: Metrics):
+    loss = sum(v for k, v in metrics.items() if k.endswith('/loss'))
+    bad = (state.bad_step < 0) & ~jnp.isfinite(loss)
+    return (
+      state.replace(
+        step=state.step + 1,
+        bad_step=jnp.where(bad, state.step, state.bad_step),
+      ),
+      metrics,
+    )
+
+  def _remember(self, state: TrainState, images: jax.Array) -> TrainState:
+    """Puts a batch of generator images into the pool, oldest out."""
+    if not self.pool_batches:
+      return state
+    start = (state.step % self.pool_batches) * self.batch_size
+    pixels = self.preprocessing.to_pixels(images)
+    pool = jax.lax.dynamic_update_slice_in_dim(state.pool, pixels, start, 0)
+    return state.replace(pool=pool)
+
+  def warmup_step(self, state: TrainState, teacher: Any, key: jax.Array):
+    """Generator, L1 (eq. 7). key: of the run; returns (state, metrics)."""
+    key = jax.random.fold_in(key, state.step)
+    state, metrics, _ = self._generator_update(state, teacher, key, False)
+    return self._finish(state, metrics)
+
+  def generator_step(self, state: TrainState, teacher: Any, key: jax.Array):
+    """Generator, L2 (eq. 10); its images go to the pool."""
+    key = jax.random.fold_in(key, state.step)
+    state, metrics, (images, *_) = self._generator_update(
+      state, teacher, key, True
+    )
+    return self._finish(self._remember(state, images), metrics)
+
+  def joint_step(self, state: TrainState, teacher: Any, key: jax.Array):
+    """Generator, L2, and student, L3, on the same images (eqs. 10, 11)."""
+    key = jax.random.fold_in(key, state.step)
+    state, metrics, (images, x, labels, logits) = self._generator_update(
+      state, teacher, key, True
+    )
+    state, more = self._student_update(state, teacher, x, labels, logits)
+    return self._finish(self._remember(state, images), {**metrics, **more})
+
+  def student_step(self, state: TrainState, teacher: Any, key: jax.Array):
+    """Student, L3, on images drawn from the pool.
+
+    The label of a pool image is the teacher's answer.
+    """
+    key = jax.random.fold_in(key, state.step)
+    draw_key, augment_key = jax.random.split(key)
+    rows = jax.random.randint(
+      draw_key, (self.batch_size,), 0, state.pool.shape[0]
+    )
+    pixels = sharding.split_batch(self.mesh, state.pool[rows])
+    x = self._augment(augment_key, self.preprocessing.normalize(pixels))
+    logits = jax.lax.stop_gradient(self.teacher_logits(teacher, x))
+    labels = jnp.argmax(logits, -1)
+    state, metrics = self._student_update(state, teacher, x, labels, logits)
+    return self._finish(state, metrics)
+
+
+def _apply(params, updates, rate):
+  return jax.tree.map(lambda p, u: p - rate * u, params, updates)

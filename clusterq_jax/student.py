@@ -1,0 +1,124 @@
+"""A finished student on disk: one safetensors file, and its loading.
+
+The file holds everything that inference needs (parameters, BatchNorm statistics,
+quantizer steps; architecture, bits and preprocessing in the header), not the
+teacher, the generator or the optimisers.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clusterq_jax import weights as weights_lib
+from clusterq_jax.data import Preprocessing
+from clusterq_jax.errors import InputError
+from clusterq_jax.layers import fake_quant, protocol
+from clusterq_jax.models import registry
+from clusterq_jax.quant import plan as plan_lib
+
+FILE = 'student.safetensors'
+FORMAT = 'clusterq-jax student 1'
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+  """A quantized network, ready for inference.
+
+  Attributes:
+    variables: {'params', 'batch_stats', 'quant'}.
+    preprocessing: applied by `logits`.
+    bits: bit widths and placement.
+    class_names: K names, or ().
+  """
+
+  variables: dict[str, Any]
+  preprocessing: Preprocessing
+  bits: plan_lib.Bits
+  class_names: tuple[str, ...]
+  _network: Any
+
+  def logits(self, images: jax.Array) -> jax.Array:
+    """uint8 images [B, H, W, C], RGB, to logits [B, K]; works under `jit`.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    if images.dtype != jnp.uint8 or images.shape[1:] != (
+      self.preprocessing.shape
+    ):
+      raise ValueError(
+        f'images are {images.dtype} {list(images.shape)}; expected uint8 '
+        f'[B, {", ".join(map(str, self.preprocessing.shape))}]'
+      )
+    x = self.preprocessing.normalize(jnp.asarray(images))
+    return self._network.apply(self.variables, x)
+
+
+def save(
+  path: pathlib.Path,
+  variables: Mapping[str, Any],
+  arch: str,
+  options: Mapping[str, Any],
+  bits: plan_lib.Bits,
+  learned: bool,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...],
+) -> None:
+  """Writes a student; see `Student` for the arguments."""
+  metadata = {
+    'format': FORMAT,
+    'arch': arch,
+    'options': json.dumps(dict(options)),
+    'bits': json.dumps(dataclasses.asdict(bits)),
+    'learned': json.dumps(learned),
+    'preprocessing': json.dumps(dataclasses.asdict(preprocessing)),
+    'class_names': json.dumps(class_names),
+  }
+  weights_lib.write_safetensors(
+    path, jax.tree.map(np.asarray, dict(variables)), metadata
+  )
+
+
+def load(path: str | pathlib.Path) -> Student:
+  """Loads a finished student.
+
+  Args:
+    path: a workdir, or the file in it.
+
+  Raises:
+    InputError: there is none, or the file is something else.
+  """
+  path = pathlib.Path(path)
+  file = path / FILE if path.is_dir() else path
+  if not file.exists():
+    raise InputError(f'{path}: no finished student; expected {FILE}')
+  tensors, metadata = weights_lib.read_tensors(file)
+  if metadata.get('format') != FORMAT:
+    raise InputError(
+      f'{file}: format {metadata.get("format")!r}; expected {FORMAT!r}'
+    )
+  raw = json.loads(metadata['preprocessing'])
+  lists = ('image_size', 'mean', 'std')
+  preprocessing = Preprocessing(
+    **{k: tuple(v) if k in lists else v for k, v in raw.items()}
+  )
+  build = registry.builder(
+    metadata['arch'], **json.loads(metadata['options'])
+  )
+  bits = plan_lib.Bits(**json.loads(metadata['bits']))
+  plan = plan_lib.make_plan(
+    protocol.trace(build), bits, json.loads(metadata['learned'])
+  )
+  return Student(
+    variables=weights_lib.unflatten(tensors),
+    preprocessing=preprocessing,
+    bits=bits,
+    class_names=tuple(json.loads(metadata['class_names'])),
+    _network=build(fake_quant.layer_set(plan)),
+  )

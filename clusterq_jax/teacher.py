@@ -1,0 +1,125 @@
+"""The teacher: a float network, its weights, and what they expect as input."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from clusterq_jax import weights as weights_lib
+from clusterq_jax.data import ASSETS, Preprocessing
+from clusterq_jax.errors import InputError
+from clusterq_jax.layers import protocol
+from clusterq_jax.models import registry
+
+EMBEDDED = 'embedded'
+EMBEDDED_FILE = ASSETS / 'fashion_mnist_resnet20.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen float classifier.
+
+  Attributes:
+    build: makes the architecture from a layer set.
+    graph: the architecture's wiring.
+    variables: {'params', 'batch_stats'}, arrays.
+    preprocessing: what the weights expect of their input.
+    num_classes: K, read off the classifier.
+    options: the architecture's fields, read off the weights.
+    class_names: K names, or ().
+    report: what the weights file held.
+  """
+
+  build: registry.Builder
+  graph: protocol.Graph
+  variables: dict[str, Any]
+  preprocessing: Preprocessing
+  num_classes: int
+  options: dict[str, Any]
+  class_names: tuple[str, ...]
+  report: str
+
+
+def load(
+  arch: str,
+  path: str,
+  hint: str = '',
+  num_classes: int | None = None,
+  **preprocessing: Any,
+) -> Teacher:
+  """Loads a teacher.
+
+  Args:
+    arch: name of the architecture.
+    path: weights file, or 'embedded'.
+    hint: how to get the file, for the error when it is not there.
+    num_classes: what the config expects; None takes what the file has.
+    **preprocessing: fields of `Preprocessing`; None means that the file's
+      metadata say it.
+
+  Raises:
+    InputError: no such file, unfit weights, or nothing says what they expect.
+  """
+  file = EMBEDDED_FILE if path == EMBEDDED else pathlib.Path(path)
+  if not file.exists() and hint:
+    raise InputError(f'teacher.weights: no file {path}; {hint}')
+  loaded = weights_lib.load(str(file), arch)
+  options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
+  classes = int(loaded.options['num_classes'])
+  if num_classes is not None and num_classes != classes:
+    raise InputError(
+      f'{path}: the classifier has {classes} classes; '
+      f'config.teacher.num_classes={num_classes}'
+    )
+  build = registry.builder(arch, **options)
+  return Teacher(
+    build=build,
+    graph=protocol.trace(build),
+    variables=loaded.variables,
+    preprocessing=_preprocessing(
+      path, loaded.metadata, preprocessing, int(loaded.options['in_channels'])
+    ),
+    num_classes=classes,
+    options=options,
+    class_names=tuple(json.loads(loaded.metadata.get('class_names', '[]'))),
+    report=loaded.report,
+  )
+
+
+def _preprocessing(
+  path: str, metadata: Mapping[str, str], given: Mapping, channels: int
+) -> Preprocessing:
+  """Merges what the config gives over what the file's metadata say."""
+  values: dict[str, Any] = {}
+  for field in dataclasses.fields(Preprocessing):
+    if given.get(field.name) is not None:
+      values[field.name] = given[field.name]
+    elif field.name in metadata:
+      raw = metadata[field.name]
+      values[field.name] = raw if field.name == 'channel_order' else _json(raw)
+    elif field.default is dataclasses.MISSING:
+      raise InputError(
+        f'{path} does not say what input its weights expect: set '
+        f'config.teacher.{field.name} (and image_size, mean, std, '
+        'pixel_range, channel_order where they differ from the defaults)'
+      )
+  for name in ('image_size', 'mean', 'std'):
+    values[name] = tuple(values[name])
+  result = Preprocessing(**values)
+  if len(result.mean) != channels or len(result.std) != channels:
+    raise InputError(
+      f'teacher.mean and teacher.std have {len(result.mean)} and '
+      f'{len(result.std)} values; {path} takes {channels} channels'
+    )
+  if not all(math.isfinite(s) and s > 0 for s in result.std):
+    raise InputError(f'teacher.std={result.std}: expected positive numbers')
+  return result
+
+
+def _json(raw: str) -> Any:
+  try:
+    return json.loads(raw)
+  except ValueError as e:
+    raise InputError(f'unreadable metadata {raw!r}: {e}') from e

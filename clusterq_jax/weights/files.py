@@ -1,0 +1,289 @@
+"""Weight files as dictionaries of numpy arrays, read without running them.
+
+Reads `.safetensors`, and torch checkpoints (`.th`, `.pt`, `.pth`) with
+`torch.load(weights_only=True)`; torch is optional and needed for those alone.
+Writes `.safetensors`. Every fault of a file ends in an `InputError`.
+
+Left out: pickles that need more than tensors, TorchScript, and any knowledge of
+what the tensors mean, which is `layouts`' part.
+"""
+
+import os
+import pickletools
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from clusterq_jax.errors import InputError
+
+TORCH_SUFFIXES = ('.th', '.pt', '.pth')
+_EXPECTED = 'expected .safetensors, .th, .pt or .pth'
+_WRAPPERS = ('state_dict', 'model')
+_FLOATS = ('F16', 'BF16', 'F32', 'F64')
+_MAGIC = (
+  (b'PK', 'a damaged or truncated zip archive, or a zip of something else'),
+  (b'\x80', 'a damaged, truncated or unknown pickle'),
+  (b'version https://git-lfs', 'a Git LFS pointer, not the file itself'),
+  (b'<', 'a web page or XML'),
+  (b'\x89HDF', 'an HDF5 file'),
+  (b'\x93NUMPY', 'a numpy array'),
+)
+
+
+def names(entries: Iterable[str], limit: int = 5) -> str:
+  """Joins at most `limit` entries; escapes what would break the line."""
+  entries = list(entries)
+  shown = [str(e).encode('unicode_escape').decode() for e in entries[:limit]]
+  return ', '.join(shown + ['...'] * (len(entries) > limit))
+
+
+def read_tensors(
+  path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads every tensor of a weight file.
+
+  A `state_dict` or `model` wrapper and a `module.` prefix common to all keys
+  are removed, `num_batches_tracked` counters dropped.
+
+  Args:
+    path: a `.safetensors`, `.th`, `.pt` or `.pth` file.
+
+  Returns:
+    The tensors by name, in the file's shapes: floating-point ones as float32,
+    the others in their own type. And the metadata of a safetensors header,
+    empty for the other formats.
+
+  Raises:
+    InputError: the file is missing, empty, damaged, of another format, would
+      run code when opened, or holds something that is not a finite tensor.
+  """
+  path = os.fspath(path)
+  suffix = os.path.splitext(path)[1].lower()
+  if os.path.isdir(path):
+    raise InputError(f'{path}: a directory, {_EXPECTED}')
+  if not os.path.exists(path):
+    raise InputError(f'{path}: no such file, {_EXPECTED}')
+  if suffix not in (*TORCH_SUFFIXES, '.safetensors'):
+    found = f'extension {suffix!r}' if suffix else 'no extension'
+    raise InputError(f'{path}: {found}, {_EXPECTED}')
+  try:
+    with open(path, 'rb') as file:
+      head = file.read(64)
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
+  if not head:
+    raise InputError(f'{path}: an empty file (0 bytes), expected tensors')
+  if suffix == '.safetensors':
+    tensors, metadata = _read_safetensors(path, head)
+  else:
+    tensors, metadata = _read_torch(path, head), {}
+  if not tensors:
+    raise InputError(f'{path}: holds no tensors')
+  if all(key.startswith('module.') for key in tensors):
+    tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
+  tensors = {
+    k: v for k, v in tensors.items() if not k.endswith('num_batches_tracked')
+  }
+  for key, value in tensors.items():
+    bad = int(np.size(value) - np.isfinite(value).sum())
+    if bad:
+      raise InputError(
+        f'{path}: tensor {names([key])} has {bad} NaN or infinite value(s) '
+        f'of {value.size} in float32, expected finite numbers'
+      )
+  return tensors, metadata
+
+
+def write_safetensors(
+  path: str | os.PathLike[str],
+  variables: Mapping[str, Any],
+  metadata: dict[str, str],
+) -> None:
+  """Writes a nested dictionary of arrays, keys joined with '/', atomically.
+
+  Args:
+    path: where to; a file already there is replaced once all is written.
+    variables: nested dictionaries of arrays of any shape.
+    metadata: strings for the header of the file.
+
+  Raises:
+    InputError: the folder does not exist or cannot be written to.
+    ValueError: a key contains '/'.
+  """
+  path = os.fspath(path)
+  payload = safetensors.numpy.save(dict(_flatten(variables)), metadata)
+  # Beside the target: os.replace is atomic within one file system only.
+  temporary = f'{path}.{os.getpid()}.tmp'
+  try:
+    try:
+      with open(temporary, 'wb') as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    finally:
+      if os.path.exists(temporary):
+        os.remove(temporary)
+  except OSError as error:
+    raise InputError(f'{path}: cannot be written: {error.strerror}') from error
+
+
+def unflatten(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Turns 'a/b' keys into nested dictionaries: `write_safetensors` undone.
+
+  Raises:
+    InputError: a name stands for a tensor and for a group of tensors.
+  """
+  tree: dict[str, Any] = {}
+  for key, value in tensors.items():
+    *groups, leaf = key.split('/')
+    node = tree
+    for group in groups:
+      node = node.setdefault(group, {})
+      if not isinstance(node, dict):
+        raise InputError(f'{names([key])} lies below a tensor of that name')
+    if leaf in node:
+      raise InputError(f'{names([key])} is both a tensor and a group')
+    node[leaf] = value
+  return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = ''):
+  for key, value in tree.items():
+    if '/' in key:
+      raise ValueError(f'key {key!r} contains the separator "/"')
+    if isinstance(value, Mapping):
+      yield from _flatten(value, f'{prefix}{key}/')
+    else:
+      # safetensors writes the buffer as it lies, whatever the strides say.
+      yield prefix + key, np.array(value, order='C')
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+  with np.errstate(over='ignore', invalid='ignore'):
+    return np.asarray(value).astype(np.float32)
+
+
+def _foreign(path: str, head: bytes, wanted: str, error: Exception) -> NoReturn:
+  found = next(
+    (text for magic, text in _MAGIC if head.startswith(magic)),
+    f'contents that start with {head[:8]!r}',
+  )
+  size = os.path.getsize(path)
+  raise InputError(
+    f'{path}: found {found} ({size:,} bytes), expected {wanted}'
+  ) from error
+
+
+def _read_safetensors(path: str, head: bytes):
+  tensors = {}
+  try:
+    with safetensors.safe_open(path, framework='np') as file:
+      metadata = dict(file.metadata() or {})
+      for key in file.keys():
+        kind = file.get_slice(key).get_dtype()
+        try:
+          value = file.get_tensor(key)
+        except (AttributeError, TypeError) as error:
+          raise InputError(
+            f'{path}: tensor {names([key])} has type {kind}, expected a float '
+            f'of 16 bits or more'
+          ) from error
+        tensors[key] = _float32(value) if kind in _FLOATS else value
+  except safetensors.SafetensorError as error:
+    if head[8:9] == b'{':
+      size = os.path.getsize(path)
+      raise InputError(
+        f'{path}: found a truncated or damaged safetensors file ({size:,} '
+        f'bytes), expected a complete one'
+      ) from error
+    _foreign(path, head, 'a safetensors file', error)
+  return tensors, metadata
+
+
+def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
+  try:
+    import torch
+  except ImportError as error:
+    raise InputError(
+      f'{path}: torch is not installed and reads this format: pip install '
+      f'torch, or give a .safetensors file'
+    ) from error
+  # Before 2.6 weights_only could be made to run code (CVE-2025-32434).
+  if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
+    raise InputError(
+      f'{path}: torch {torch.__version__} cannot open it safely, expected '
+      f'2.6 or newer: pip install --upgrade torch'
+    )
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      data = torch.load(path, map_location='cpu', weights_only=True)
+  except Exception as error:  # Damaged contents raise nearly anything.
+    called = re.findall(r'GLOBAL (\S+)', str(error))[:1] or _calls(path, head)
+    if called:
+      raise InputError(
+        f'{path}: refused, nothing was run: opening this pickle would run '
+        f'{names(called)}, expected tensors only, as saved by '
+        f'torch.save(model.state_dict(), path)'
+      ) from error
+    if 'TorchScript' in str(error):
+      raise InputError(
+        f'{path}: found a TorchScript program, expected a state dict'
+      ) from error
+    _foreign(path, head, 'a torch checkpoint', error)
+  for wrapper in _WRAPPERS:
+    if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
+      data = data[wrapper]
+      break
+  if not isinstance(data, Mapping):
+    kind = type(data).__name__
+    raise InputError(f'{path}: found a {kind}, expected a dict of tensors')
+  foreign = [
+    f'{key} ({type(value).__name__})'
+    for key, value in data.items()
+    if not (isinstance(key, str) and isinstance(value, torch.Tensor))
+  ]
+  if foreign:
+    raise InputError(
+      f'{path}: {len(foreign)} entries are not tensors ({names(foreign)}), '
+      f'expected a state dict'
+    )
+  tensors = {}
+  for key, value in data.items():
+    try:
+      if value.is_floating_point():
+        value = value.to(torch.float32)
+      tensors[key] = value.detach().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+      raise InputError(
+        f'{path}: tensor {names([key])} is {value.dtype}, {value.layout}, '
+        f'expected a dense float tensor'
+      ) from error
+  return tensors
+
+
+def _calls(path: str, head: bytes) -> list[str]:
+  """Names what a bare pickle imports, from a parse that executes nothing."""
+  found: list[str] = []
+  strings: list[str] = []
+  if not head.startswith(b'\x80'):
+    return found
+  try:
+    with open(path, 'rb') as file:
+      for code, argument, _ in pickletools.genops(file):
+        if code.name == 'GLOBAL':
+          found.append(str(argument).replace(' ', '.'))
+        elif code.name == 'STACK_GLOBAL':
+          found.append('.'.join(strings[-2:]))
+        elif isinstance(argument, str):
+          strings.append(argument)
+  except Exception:
+    # A damaged pickle: what was found before the damage is all there is.
+    pass
+  return list(dict.fromkeys(found))

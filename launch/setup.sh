@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Makes the environment that the other scripts here run in: .venv in the
+# repository's root, with the package installed in editable mode.
+#
+#   launch/setup.sh         what a run needs
+#   launch/setup.sh test    that, and pytest, ruff and mypy
+#
+# A second call returns at once unless requirements.txt or pyproject.toml
+# changed; one that follows an interrupted call finishes its work. The other
+# scripts source this file for its functions, which take the same argument.
+set -euo pipefail
+
+CLUSTERQ_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+CLUSTERQ_PYTHON="$CLUSTERQ_ROOT/.venv/bin/python"
+
+# True where command $1 is a Python that this project supports.
+_clusterq_recent() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# Prints the first interpreter fit to make the environment, or exits with 2.
+_clusterq_find_python() {
+  local candidate found=''
+  local -a candidates=(python3.13 python3.12 python3.11 python3)
+  if [[ -n "${PYTHON:-}" ]]; then
+    candidates=("$PYTHON")
+  fi
+  for candidate in "${candidates[@]}"; do
+    _clusterq_recent "$candidate" || continue
+    if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+    found="${found:-$candidate}"
+  done
+  if [[ -n "$found" ]]; then
+    echo "setup: $found cannot make virtual environments: its venv or" \
+      "ensurepip module is missing (on Debian and Ubuntu, install the" \
+      "package python3-venv)." >&2
+  else
+    echo "setup: no Python 3.11 or newer among: ${candidates[*]}. Install" \
+      "one, or set PYTHON to its path." >&2
+  fi
+  exit 2
+}
+
+# Prints what the installed environment depends on; a stamp holds its copy.
+_clusterq_fingerprint() {
+  printf '%s\n' "$CLUSTERQ_ROOT"
+  cat "$CLUSTERQ_ROOT/requirements.txt" "$CLUSTERQ_ROOT/pyproject.toml"
+}
+
+# True where the environment already has what argument $1 ('' or test) names.
+_clusterq_is_set_up() {
+  local stamp="$CLUSTERQ_ROOT/.venv/.clusterq-installed${1:+-$1}"
+  [[ -x "$CLUSTERQ_PYTHON" && ! -e "$CLUSTERQ_ROOT/.venv.unfinished" ]] &&
+    cmp -s "$stamp" <(_clusterq_fingerprint)
+}
+
+_clusterq_make_venv() {
+  local venv="$CLUSTERQ_ROOT/.venv" python
+  # The marker lies beside .venv, so that it outlives a half-done removal.
+  if [[ -e "$venv.unfinished" || ! -e "$venv" ]]; then
+    python="$(_clusterq_find_python)"
+    echo "setup: making .venv with $("$python" --version) ..." >&2
+    touch "$venv.unfinished"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    rm "$venv.unfinished"
+  elif ! _clusterq_recent "$CLUSTERQ_PYTHON"; then
+    echo "setup: the Python in $venv does not start, or is older than 3.11." \
+      "Remove that folder and call again." >&2
+    exit 2
+  elif ! "$CLUSTERQ_PYTHON" -m pip --version >/dev/null 2>&1; then
+    # Made by another tool: uv leaves pip out.
+    "$CLUSTERQ_PYTHON" -m ensurepip >/dev/null
+  fi
+}
+
+_clusterq_install() {
+  local extra="$1" start=$SECONDS
+  local stamp="$CLUSTERQ_ROOT/.venv/.clusterq-installed"
+  _clusterq_make_venv
+  rm -f "$stamp" "$stamp-test"
+  echo "setup: installing clusterq_jax${extra:+ and its $extra tools} into" \
+    ".venv (a minute or two the first time) ..." >&2
+  (
+    cd -- "$CLUSTERQ_ROOT"
+    "$CLUSTERQ_PYTHON" -m pip install -qq --no-input \
+      --disable-pip-version-check -e ".${extra:+[$extra]}"
+  )
+  if [[ -n "$extra" ]]; then
+    _clusterq_fingerprint >"$stamp-$extra"
+  fi
+  _clusterq_fingerprint >"$stamp"
+  echo "setup: done in $((SECONDS - start)) s." >&2
+}
+
+# Makes or updates the environment. $1: '' or test.
+clusterq_setup() {
+  local extra="${1:-}"
+  if [[ -n "$extra" && "$extra" != test ]]; then
+    echo "setup: unknown argument '$extra'; 'test' is the only one." >&2
+    exit 2
+  fi
+  if _clusterq_is_set_up "$extra"; then
+    return
+  fi
+  # One installation at a time; who waited may find the work done.
+  (
+    if command -v flock >/dev/null; then
+      flock 9 || true
+    fi
+    if ! _clusterq_is_set_up "$extra"; then
+      _clusterq_install "$extra"
+    fi
+  ) 9<"$CLUSTERQ_ROOT/requirements.txt"
+}
+
+# Sets what a process must find in its environment when it starts.
+clusterq_env() {
+  # XLA on the CPU allocates its scratch memory anew in every step. With these
+  # settings glibc keeps the pages, huge ones, where it would hand them back
+  # to the kernel and pay for their page faults a step later. The price: a
+  # process never shrinks below its peak. glibc.malloc.hugetlb came with 2.35.
+  local glibc
+  glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null)" || return 0
+  if [[ -z "${GLIBC_TUNABLES+set}" && "$glibc" =~ ^glibc\ 2\.([0-9]+) ]] &&
+    ((BASH_REMATCH[1] >= 35)); then
+    GLIBC_TUNABLES='glibc.malloc.hugetlb=1'
+    GLIBC_TUNABLES+=':glibc.malloc.mmap_threshold=10000000000'
+    GLIBC_TUNABLES+=':glibc.malloc.trim_threshold=100000000000'
+    GLIBC_TUNABLES+=':glibc.malloc.top_pad=100000000'
+    export GLIBC_TUNABLES
+  fi
+}
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+  clusterq_setup "$@"
+fi

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs the tests; sets up .venv with the test tools first.
+#
+#   launch/test.sh [PYTEST ARGUMENT...]
+#
+# Paths among the arguments are relative to the repository's root.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+clusterq_setup test
+clusterq_env
+cd -- "$CLUSTERQ_ROOT"
+exec "$CLUSTERQ_PYTHON" -m pytest "$@"

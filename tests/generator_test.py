@@ -1,0 +1,85 @@
+"""What the generator promises about its images."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clusterq_jax.generator import Generator
+
+_BATCH, _CLASSES, _LATENT = 6, 4, 8
+_LABELS = np.array([0, 1, 2, 3, 0, 1])
+
+
+def _generator(shape):
+  return Generator(shape, _CLASSES, _LATENT, (8, 8, 4))
+
+
+def _noise(seed=0):
+  return np.random.RandomState(seed).randn(_BATCH, _LATENT).astype(np.float32)
+
+
+@functools.cache
+def _made(shape):
+  """Variables, and the compiled generator."""
+  generator = _generator(shape)
+  shapes = jax.eval_shape(generator.init, jax.random.key(0), _noise(), _LABELS)
+  random = np.random.RandomState(0)  # compiling `init` takes seconds
+  variables = jax.tree.map(
+    lambda a: 0.3 * random.randn(*a.shape).astype(a.dtype), shapes
+  )
+  return variables, jax.jit(generator.apply)
+
+
+@pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 3), (30, 30, 3)])
+def test_shape_and_scale(shape):
+  variables, apply = _made(shape)
+  x = np.asarray(apply(variables, _noise(), _LABELS))
+  assert x.shape == (_BATCH, *shape)
+  assert x.dtype == np.float32
+  np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-4)
+  np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=1e-3)
+  # Every pixel of the image varies over the batch, borders included.
+  assert x.std(0).min() > 1e-3
+
+
+def test_deterministic_and_without_order():
+  variables, apply = _made((28, 28, 1))
+  x = np.asarray(apply(variables, _noise(), _LABELS))
+  np.testing.assert_array_equal(apply(variables, _noise(), _LABELS), x)
+  order = np.array([5, 2, 0, 4, 1, 3])
+  y = apply(variables, _noise()[order], _LABELS[order])
+  np.testing.assert_allclose(y, x[order], atol=1e-4)
+
+
+def test_labels_and_noise_decide_the_image():
+  variables, apply = _made((28, 28, 1))
+  z = _noise()
+  z[1] = z[0]
+  # Samples 0 and 1 share noise; sample 4 shares the label of 0 only.
+  same = np.asarray(apply(variables, z, np.array([0, 0, 2, 3, 0, 1])))
+  np.testing.assert_allclose(same[0], same[1], atol=1e-5)
+  assert np.abs(same[0] - same[4]).max() > 0.5
+  other = np.asarray(apply(variables, z, np.array([0, 1, 2, 3, 0, 1])))
+  assert np.abs(other[0] - other[1]).max() > 0.5
+
+
+def test_every_parameter_has_a_gradient():
+  variables, _ = _made((28, 28, 1))
+  direction = np.random.RandomState(1).randn(_BATCH, 28, 28, 1)
+
+  @jax.jit
+  def gradient(variables, z, labels):
+    def project(params):
+      x = _generator((28, 28, 1)).apply({'params': params}, z, labels)
+      return jnp.sum(x * direction)
+
+    return jax.grad(project)(variables['params'])
+
+  found = gradient(variables, _noise(), _LABELS)
+  assert set(variables) == {'params'}  # no running statistics: one mode
+  for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+    assert np.all(np.isfinite(leaf)), path
+    assert np.abs(leaf).max() > 1e-3, path

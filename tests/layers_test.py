@@ -1,0 +1,462 @@
+"""The bricks, and the networks that are built from them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from clusterq_jax import statistics
+from clusterq_jax.layers import convolution, fake_quant, protocol
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.models import registry, resnet
+from clusterq_jax.quant import plan
+
+
+def _numpy_conv(x, kernel, strides, padding, groups=1):
+  """Sums over windows, in float64."""
+  x, kernel = np.float64(x), np.float64(kernel)
+  side, inputs, outputs = kernel.shape[0], kernel.shape[2], kernel.shape[3]
+  x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  height = (x.shape[1] - side) // strides + 1
+  width = (x.shape[2] - side) // strides + 1
+  out = np.zeros((len(x), height, width, outputs))
+  for o in range(outputs):
+    group = o // (outputs // groups)
+    own = slice(group * inputs, (group + 1) * inputs)
+    for i, j in np.ndindex(height, width):
+      window = x[:, i * strides :, j * strides :, own][:, :side, :side]
+      out[:, i, j, o] = np.sum(window * kernel[..., o], (1, 2, 3))
+  return out
+
+
+# --- Convolution -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('size', 'side', 'strides', 'padding', 'groups'),
+  [
+    ((7, 5), 3, 1, 1, 1),
+    ((2, 9), 3, 1, 1, 1),
+    ((1, 1), 3, 1, 1, 1),
+    ((7, 5), 5, 1, 2, 1),
+    ((7, 5), 3, 1, 0, 1),
+    ((7, 5), 1, 1, 0, 1),
+    ((7, 5), 3, 2, 1, 1),
+    ((6, 5), 5, 2, 2, 1),
+    ((7, 6), 1, 2, 0, 1),
+    ((7, 5), 3, 1, 1, 2),
+    ((7, 5), 3, 2, 1, 4),
+  ],
+)
+def test_convolution(size, side, strides, padding, groups):
+  random = np.random.RandomState(0)
+  x = random.randn(3, *size, 4).astype(np.float32)
+  kernel = random.randn(side, side, 4 // groups, 8).astype(np.float32)
+  expected = _numpy_conv(x, kernel, strides, padding, groups)
+  g = random.randn(*expected.shape).astype(np.float32)
+
+  def xla(x, kernel):
+    return lax.conv_general_dilated(
+      x,
+      kernel,
+      (strides, strides),
+      [(padding, padding)] * 2,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=groups,
+    )
+
+  def ours(x, kernel):
+    return convolution.conv2d(x, kernel, strides, padding, groups)
+
+  @jax.jit
+  def both(x, kernel, g):
+    def run(function):
+      value, pullback = jax.vjp(function, x, kernel)
+      return value, *pullback(g)
+
+    return run(ours), run(xla)
+
+  found, reference = both(x, kernel, g)
+  np.testing.assert_allclose(found[0], expected, atol=1e-4)
+  np.testing.assert_allclose(found[1], reference[1], atol=1e-4)
+  np.testing.assert_allclose(found[2], reference[2], atol=2e-4)
+
+
+# --- One ConvBN --------------------------------------------------------------
+
+
+def _conv_variables(side, inputs, outputs):
+  random = np.random.RandomState(1)
+  shapes = {'scale': outputs, 'bias': outputs}
+  params = {k: random.randn(n).astype(np.float32) for k, n in shapes.items()}
+  kernel = random.randn(side, side, inputs, outputs).astype(np.float32)
+  stats = {
+    'mean': random.randn(outputs).astype(np.float32),
+    'var': (0.1 + random.rand(outputs)).astype(np.float32),
+  }
+  return {'params': {'kernel': kernel, **params}, 'batch_stats': stats}
+
+
+def _numpy_batch_norm(h, variables):
+  params, stats = variables['params'], variables['batch_stats']
+  x = (h - stats['mean']) / np.sqrt(stats['var'] + 1e-5)
+  return x * params['scale'] + params['bias']
+
+
+@pytest.fixture
+def image():
+  return np.random.RandomState(2).randn(3, 5, 7, 4).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ('side', 'strides', 'padding', 'act'),
+  [
+    (3, 1, None, None),
+    (3, 2, None, 'relu'),
+    (1, 2, None, None),
+    (3, 1, 0, None),
+  ],
+)
+def test_float_conv_bn(image, side, strides, padding, act):
+  layer = float_layers.ConvBN(6, side, strides, padding, act=act, tap=True)
+  variables = _conv_variables(side, 4, 6)
+  y, state = layer.apply(variables, image, mutable=['moments'])
+  pad = side // 2 if padding is None else padding
+  h = _numpy_conv(image, variables['params']['kernel'], strides, pad)
+  expected = _numpy_batch_norm(h, variables)
+  expected = np.maximum(expected, 0) if act else expected
+  np.testing.assert_allclose(y, expected, atol=1e-4)
+  # What is recorded is the input of BatchNorm.
+  moments = state['moments']['input']
+  assert isinstance(moments, statistics.Moments)
+  np.testing.assert_allclose(moments.mean, h.mean((1, 2)), atol=1e-4)
+  np.testing.assert_allclose(moments.var, h.var((1, 2)), rtol=1e-3, atol=1e-4)
+
+
+def test_pretraining_moves_the_statistics(image):
+  layer = float_layers.ConvBN(6, 3, train=True)
+  variables = _conv_variables(3, 4, 6)
+  y, state = layer.apply(variables, image, mutable=['batch_stats'])
+  h = _numpy_conv(image, variables['params']['kernel'], 1, 1)
+  batch = {'mean': h.mean((0, 1, 2)), 'var': h.var((0, 1, 2))}
+  expected = _numpy_batch_norm(h, {**variables, 'batch_stats': batch})
+  np.testing.assert_allclose(y, expected, atol=1e-3)
+  for key, new in batch.items():
+    moved = 0.9 * variables['batch_stats'][key] + 0.1 * new
+    np.testing.assert_allclose(state['batch_stats'][key], moved, rtol=1e-3)
+
+
+def test_quantized_conv_by_hand(image):
+  decided = plan.Plan(
+    weights=(('conv', 3),),
+    outputs=(('conv', plan.Output(4, False)),),
+    learned=False,
+  )
+  layer = fake_quant.QuantConv(
+    plan=decided, features=6, kernel=1, act='relu', name='conv'
+  )
+  variables = _conv_variables(1, 4, 6)
+  step = 0.25
+  quant = {'quant': {'output': jnp.log(step)}}
+  y = layer.apply({**variables, **quant}, image)
+  kernel = np.float64(variables['params']['kernel'])
+  scale = np.abs(kernel).max((0, 1, 2)) / 3
+  kernel = np.round(kernel / scale) * scale
+  h = _numpy_batch_norm(_numpy_conv(image, kernel, 1, 0), variables)
+  codes = np.clip(np.round(h / step), 0, 15)
+  # A value on the edge between two codes may fall to either.
+  edge = np.abs(h / step % 1 - 0.5) < 1e-3
+  assert edge.mean() < 0.02
+  np.testing.assert_allclose(
+    np.where(edge, 0, y), np.where(edge, 0, step * codes), atol=1e-5
+  )
+  assert codes.max() == 15  # the clip is in play
+
+
+@pytest.mark.parametrize(('channels', 'features'), [(2, 4), (3, 6), (1, 4)])
+def test_pad_shortcut(channels, features):
+  x = np.random.RandomState(0).randn(2, 5, 4, channels).astype(np.float32)
+  y = np.asarray(float_layers.pad_channels(x, features, 2))
+  assert y.shape == (2, 3, 2, features)
+  before = (features - channels) // 2
+  np.testing.assert_array_equal(
+    y[..., before : before + channels], x[:, ::2, ::2]
+  )
+  assert np.count_nonzero(y) == x[:, ::2, ::2].size
+
+
+# --- Wiring ------------------------------------------------------------------
+
+
+def _forward_order(blocks, shortcut):
+  """BatchNorm layers as He et al. 2015 lay them out, written out again."""
+  names = ['stem']
+  for stage in (1, 2, 3):
+    for block in range(1, blocks + 1):
+      name = f'stage{stage}_block{block}'
+      names += [f'{name}_conv1', f'{name}_conv2']
+      if shortcut == 'conv' and stage > 1 and block == 1:
+        names.append(f'{name}_shortcut')
+  return names
+
+
+@pytest.mark.parametrize(
+  ('arch', 'blocks', 'shortcut'),
+  [
+    ('resnet20', 3, 'conv'),
+    ('resnet110', 18, 'pad'),
+    ('resnet110', 18, 'conv'),
+  ],
+)
+def test_moments_come_in_forward_order(arch, blocks, shortcut):
+  build = registry.builder(arch, num_classes=10, shortcut=shortcut)
+  graph = protocol.trace(build)
+  names = _forward_order(blocks, shortcut)
+  assert list(graph.batch_norms) == names
+  assert list(graph.weighted) == [*names, 'classifier']
+  moments = {n: {'input': jnp.full(1, i)} for i, n in enumerate(names)}
+  moments = jax.tree.map(lambda a: a, moments)  # as Flax, which sorts keys
+  assert blocks < 10 or list(moments) != names
+  found = float_layers.ordered_moments({'moments': moments}, graph)
+  np.testing.assert_array_equal(jnp.concatenate(found), np.arange(len(names)))
+
+
+def test_graph_order_is_the_order_of_execution():
+  build = registry.builder('resnet32', num_classes=10, shortcut='conv')
+  called = []
+
+  def interceptor(call, args, kwargs, context):
+    if context.method_name == '__call__':
+      called.append(context.module.name)
+    return call(*args, **kwargs)
+
+  network = build(float_layers.layer_set(tap=True))
+  with nn.intercept_methods(interceptor):
+    variables = jax.eval_shape(
+      network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    )
+  graph = protocol.trace(build)
+  layers = [name for name in called if name in variables['params']]
+  assert layers == list(graph.weighted)
+  assert set(graph.batch_norms) == set(variables['moments'])
+
+
+def test_wiring_of_a_block():
+  graph = protocol.trace(registry.builder('resnet20', num_classes=10))
+  nodes = {node.name: node for node in graph.nodes}
+  assert nodes['stage2_block1_add'] == protocol.Node(
+    'stage2_block1_add',
+    'add',
+    ('stage2_block1_shortcut', 'stage2_block1_conv2'),
+    'relu',
+  )
+  assert nodes['stage2_block1_shortcut'].op == 'pad_shortcut'
+  consumers = {node.name for node in graph.consumers('stage1_block1_add')}
+  assert consumers == {'stage1_block2_conv1', 'stage1_block2_add'}
+
+
+def test_two_layers_of_one_name():
+  class Twice(nn.Module):
+    layers: protocol.LayerSet
+
+    @nn.compact
+    def __call__(self, x):
+      x = self.layers.conv_bn(4, 3, name='conv')(x)
+      return self.layers.conv_bn(4, 3, name='conv')(x)
+
+  with pytest.raises(ValueError, match="two layers are called 'conv'"):
+    protocol.trace(Twice)
+
+
+# --- Teacher and student -----------------------------------------------------
+
+
+class _Pair:
+  """A ResNet-8, its variables, and its students."""
+
+  def __init__(self, channels, shortcut):
+    self.build = functools.partial(
+      resnet.CifarResNet, depth=8, num_classes=5, shortcut=shortcut
+    )
+    self.graph = protocol.trace(self.build)
+    random = np.random.RandomState(0)
+    self.x = random.randn(4, 8, 8, channels).astype(np.float32)
+
+    def fill(path, leaf):
+      """Like a trained network: kernels of unit gain, positive variances."""
+      kind = path[-1].key
+      if kind in ('scale', 'var'):
+        value = 0.5 + random.rand(*leaf.shape)
+      elif kind == 'kernel':
+        value = random.randn(*leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+      else:
+        value = 0.2 * random.randn(*leaf.shape)
+      return value.astype(np.float32)
+
+    self.variables = jax.tree_util.tree_map_with_path(
+      fill, self.shapes(float_layers.layer_set())
+    )
+    self.teacher = self.build(float_layers.layer_set())
+    self.logits = np.asarray(
+      jax.jit(self.teacher.apply)(self.variables, self.x)
+    )
+
+  def shapes(self, layers):
+    return jax.eval_shape(self.build(layers).init, jax.random.key(0), self.x)
+
+  def plan(self, bits=8, placement='paper', learned=True):
+    chosen = plan.Bits(bits, bits, bits, bits, placement)
+    return plan.make_plan(self.graph, chosen, learned)
+
+  def calibrated(self, decided, x=None):
+    """Logits and `quant` of a student that calibrates on x."""
+    student = self.build(fake_quant.layer_set(decided, calibrate=True))
+    logits, state = jax.jit(
+      functools.partial(student.apply, mutable=['quant'])
+    )(self.variables, self.x if x is None else x)
+    return np.asarray(logits), state['quant']
+
+
+@functools.cache
+def _pair(channels=3, shortcut='pad'):
+  return _Pair(channels, shortcut)
+
+
+def _distance(a, b):
+  return np.sqrt(np.mean(np.square(a - b)) / np.var(b))
+
+
+@pytest.mark.parametrize(('channels', 'shortcut'), [(3, 'pad'), (1, 'conv')])
+def test_teacher_and_student_share_their_variables(channels, shortcut):
+  pair = _pair(channels, shortcut)
+  assert pair.logits.shape == (4, 5)
+  student = pair.shapes(fake_quant.layer_set(pair.plan()))
+  teacher = pair.shapes(float_layers.layer_set())
+  assert set(teacher) == {'params', 'batch_stats'}
+  for collection in teacher:
+    assert student[collection] == teacher[collection]
+  assert student['params']['stem']['kernel'].shape == (3, 3, channels, 16)
+  assert ('stage2_block1_shortcut' in student['params']) == (shortcut == 'conv')
+
+
+def _expected_quant(pair, placement, learned):
+  """Layer name -> the shapes of its steps, written out by hand."""
+  widths = {'stem': 16, 'classifier': 5}
+  outputs = ['input', 'stem', 'pool']
+  for stage, width in ((1, 16), (2, 32), (3, 64)):
+    name = f'stage{stage}_block1'
+    widths |= {f'{name}_conv1': width, f'{name}_conv2': width}
+    outputs += [f'{name}_conv1', f'{name}_add']
+    if placement == 'integer':
+      outputs.append(f'{name}_conv2')
+    if stage > 1 and pair.build.keywords['shortcut'] == 'conv':
+      widths[f'{name}_shortcut'] = width
+      if placement == 'integer':
+        outputs.append(f'{name}_shortcut')
+  if placement == 'paper':
+    outputs.remove('stage3_block1_add')
+  expected = {name: {'output': ()} for name in outputs}
+  if learned:
+    for name, width in widths.items():
+      expected.setdefault(name, {})['weights'] = (width,)
+  return expected
+
+
+@pytest.mark.parametrize('learned', [True, False])
+@pytest.mark.parametrize('placement', ['paper', 'integer'])
+@pytest.mark.parametrize(('channels', 'shortcut'), [(3, 'pad'), (1, 'conv')])
+def test_quant_collection(channels, shortcut, placement, learned):
+  pair = _pair(channels, shortcut)
+  decided = pair.plan(4, placement, learned)
+  shapes = pair.shapes(fake_quant.layer_set(decided))['quant']
+  found = jax.tree.map(lambda a: a.shape, shapes)
+  assert found == _expected_quant(pair, placement, learned)
+
+
+@pytest.mark.parametrize(
+  ('channels', 'shortcut', 'placement', 'learned'),
+  [(3, 'pad', 'paper', False), (1, 'conv', 'integer', True)],
+)
+def test_students_approach_the_teacher(channels, shortcut, placement, learned):
+  pair = _pair(channels, shortcut)
+  distances = [
+    _distance(
+      pair.calibrated(pair.plan(bits, placement, learned))[0], pair.logits
+    )
+    for bits in (8, 5, 2)
+  ]
+  assert distances[0] < 0.03
+  assert distances[0] < distances[1] / 2 < distances[2] / 4
+
+
+def test_calibration_sets_the_steps():
+  pair = _pair()
+  decided = pair.plan(4, learned=False)
+  _, quant = pair.calibrated(decided)
+  largest = np.abs(pair.x).max()
+  np.testing.assert_allclose(
+    np.exp(quant['input']['output']), largest / 127, rtol=1e-5
+  )
+  # It replaces what is there, by what comes in now.
+  student = pair.build(fake_quant.layer_set(decided, calibrate=True))
+  _, state = student.apply(
+    {**pair.variables, 'quant': quant}, 3 * pair.x, mutable=['quant']
+  )
+  np.testing.assert_allclose(
+    np.exp(state['quant']['input']['output']), 3 * largest / 127, rtol=1e-5
+  )
+
+
+def test_observing_tells_the_ranges_and_changes_nothing():
+  pair = _pair()
+  decided = pair.plan(4, learned=False)
+  logits, quant = pair.calibrated(decided)
+  collections = ['quant', 'batch_stats', 'ranges', 'params']
+  observer = pair.build(fake_quant.layer_set(decided, observe=True))
+  observe = jax.jit(functools.partial(observer.apply, mutable=collections))
+  before = {**pair.variables, 'quant': quant}
+  same, state = observe(before, pair.x)
+  np.testing.assert_allclose(same, logits, atol=1e-4)
+  ranges = state.pop('ranges')
+  assert set(ranges) == {name for name, _ in decided.outputs}
+  for name, found in ranges.items():
+    # Calibration by largest magnitude on the same images.
+    np.testing.assert_allclose(
+      found['output'], quant[name]['output'], atol=1e-5
+    )
+  wider, state = observe(before, 2 * pair.x)
+  np.testing.assert_allclose(
+    state.pop('ranges')['input']['output'] - quant['input']['output'],
+    np.log(2),
+    atol=1e-5,
+  )
+  assert np.abs(wider - same).max() > 1e-3
+  # Neither steps nor, above all, BatchNorm statistics moved.
+  assert jax.tree.structure(state) == jax.tree.structure(before)
+  for a, b in zip(*map(jax.tree.leaves, (state, before)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('learned', [True, False])
+def test_gradients_of_the_student(learned):
+  pair = _pair()
+  decided = pair.plan(4, learned=learned)
+  _, quant = pair.calibrated(decided)
+  student = pair.build(fake_quant.layer_set(decided))
+
+  @jax.jit
+  def gradient(params, quant, x):
+    def total(params, quant):
+      variables = {**pair.variables, 'params': params, 'quant': quant}
+      return jnp.sum(student.apply(variables, x) * jnp.arange(1.0, 6.0))
+
+    return jax.grad(total, (0, 1))(params, quant)
+
+  to_params, to_quant = gradient(pair.variables['params'], quant, pair.x)
+  for path, leaf in jax.tree_util.tree_leaves_with_path((to_params, to_quant)):
+    assert np.all(np.isfinite(leaf)), path
+    assert np.abs(leaf).max() > 1e-6, path

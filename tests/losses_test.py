@@ -1,0 +1,312 @@
+"""One property of each loss after another, against independent numpy."""
+
+import jax
+import numpy as np
+import pytest
+
+from clusterq_jax import losses, statistics
+from clusterq_jax.statistics import Statistics
+
+_CHANNELS = (3, 5)
+_SEEN = np.array([True, False, True, True])
+_KEY = jax.random.key(0)
+
+
+def _classes(seed, channels=_CHANNELS, num_classes=4):
+  random = np.random.RandomState(seed)
+  return tuple(
+    Statistics(
+      random.randn(num_classes, c).astype(np.float32),
+      random.rand(num_classes, c).astype(np.float32),
+    )
+    for c in channels
+  )
+
+
+def _row(layers, row):
+  """[C_l] per layer from [K, C_l] per layer."""
+  return tuple(Statistics(s.mean[row], s.std[row]) for s in layers)
+
+
+def _logits(seed, batch=6, num_classes=4):
+  random = np.random.RandomState(seed)
+  return 3 * random.randn(batch, num_classes).astype(np.float32)
+
+
+def _probabilities(logits):
+  e = np.exp(logits.astype(np.float64))
+  return e / e.sum(-1, keepdims=True)
+
+
+def _numpy_distance(a, b):
+  """Mean over channels of the squared distances of two [C] statistics."""
+  return sum(np.mean(np.square(x - y)) for x, y in zip(a, b, strict=True))
+
+
+# --- Logits ------------------------------------------------------------------
+
+
+def test_inception():
+  logits, labels = _logits(0), np.array([0, 1, 2, 3, 0, 2])
+  p = _probabilities(logits)[np.arange(6), labels]
+  found = losses.inception_loss(logits, labels)
+  np.testing.assert_allclose(found, -np.log(p).mean(), rtol=1e-5)
+
+
+def test_distillation_is_kl_from_the_teacher():
+  student, teacher = _logits(1), _logits(2)
+  p, q = _probabilities(teacher), _probabilities(student)
+  forward = np.mean(np.sum(p * np.log(p / q), -1))
+  reverse = np.mean(np.sum(q * np.log(q / p), -1))
+  assert abs(forward - reverse) > 0.1
+  found = losses.distillation_loss(student, teacher)
+  np.testing.assert_allclose(found, forward, rtol=1e-4)
+
+
+def test_distillation_at_equal_logits():
+  logits = _logits(1)
+  # Logits are equal up to a constant per sample.
+  value, gradient = jax.value_and_grad(losses.distillation_loss)(
+    logits, logits + np.arange(6, dtype=np.float32)[:, None]
+  )
+  np.testing.assert_allclose(value, 0, atol=1e-5)
+  np.testing.assert_allclose(gradient, 0 * logits, atol=1e-6)
+
+
+def test_distillation_survives_extreme_logits():
+  student = np.array([[-1e4, 0.0]], np.float32)
+  teacher = np.array([[1e4, 0.0]], np.float32)
+  value, gradient = jax.value_and_grad(losses.distillation_loss)(
+    student, teacher
+  )
+  np.testing.assert_allclose(value, 1e4)
+  np.testing.assert_allclose(gradient, [[-1, 1]])
+
+
+# --- Batch statistics --------------------------------------------------------
+
+
+def test_statistics_loss():
+  batch, stored = _row(_classes(0), 0), _row(_classes(1), 0)
+  expected = np.mean(
+    [_numpy_distance(a, b) for a, b in zip(batch, stored, strict=True)]
+  )
+  found = losses.statistics_loss(batch, stored)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_array_equal(losses.statistics_loss(batch, batch), 0)
+
+
+def test_stored_statistics_keep_the_given_order():
+  batch_stats = {
+    'block10': {'mean': np.ones(2), 'var': np.array([0.0, 4.0])},
+    'block2': {'mean': np.zeros(3), 'var': np.full(3, 9.0)},
+  }
+  second, tenth = losses.stored_statistics(batch_stats, ['block2', 'block10'])
+  np.testing.assert_array_equal(second.mean, np.zeros(3))
+  np.testing.assert_allclose(second.std, [3, 3, 3], rtol=1e-5)
+  np.testing.assert_array_equal(tenth.mean, np.ones(2))
+  np.testing.assert_allclose(tenth.std, [1e-3, 2], rtol=1e-5)
+
+
+def test_a_batch_with_the_stored_statistics_costs_nothing():
+  h = np.random.RandomState(0).randn(4, 3, 3, 2).astype(np.float32)
+  stored = losses.stored_statistics(
+    {'bn': {'mean': h.mean((0, 1, 2)), 'var': h.var((0, 1, 2))}}, ['bn']
+  )
+  batch = statistics.batch_statistics(statistics.sample_moments(h))
+  found = losses.statistics_loss([batch], stored)
+  np.testing.assert_allclose(found, 0, atol=1e-10)
+
+
+# --- Class statistics --------------------------------------------------------
+
+
+def test_sfda():
+  classes, centroids = _classes(0), _classes(1)
+  per_class = [
+    np.mean(
+      [
+        _numpy_distance(a, b)
+        for a, b in zip(_row(classes, c), _row(centroids, c), strict=True)
+      ]
+    )
+    for c in range(4)
+  ]
+  total = per_class[0] + per_class[2] + per_class[3]
+  found = losses.sfda_loss(classes, centroids, _SEEN)
+  np.testing.assert_allclose(found, total, rtol=1e-5)
+  found = losses.sfda_loss(classes, centroids, _SEEN, 'mean')
+  np.testing.assert_allclose(found, total / 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize('count', [2, 5])
+def test_equal_layers_cost_what_one_does(count):
+  (a,), (b,) = _classes(0, (3,)), _classes(1, (3,))
+  one = losses.sfda_loss([a], [b], _SEEN)
+  many = losses.sfda_loss([a] * count, [b] * count, _SEEN)
+  np.testing.assert_allclose(many, one, rtol=1e-5)
+  (a,), (b,) = _row([a], 0), _row([b], 0)
+  one = losses.statistics_loss([a], [b])
+  many = losses.statistics_loss([a] * count, [b] * count)
+  np.testing.assert_allclose(many, one, rtol=1e-5)
+  # Without noise diversity is SFDA, so the same holds there.
+  quiet = losses.diversity_loss(
+    _KEY, _classes(0), _classes(1), _SEEN, (0.0, 0.0)
+  )
+  np.testing.assert_allclose(
+    quiet, losses.sfda_loss(_classes(0), _classes(1), _SEEN), rtol=1e-5
+  )
+
+
+def test_layers_must_correspond():
+  a, b = _classes(0), _classes(1, (3,))
+  with pytest.raises(ValueError, match='shorter'):
+    losses.sfda_loss(a, b, _SEEN)
+  with pytest.raises(ValueError, match='shorter'):
+    losses.statistics_loss(_row(a, 0), _row(b, 0))
+
+
+def test_sfda_depends_on_the_labels():
+  labels = np.array([0, 0, 1, 1, 2, 2])
+  h = np.random.RandomState(0).randn(6, 3, 3, 2).astype(np.float32)
+  h += labels.reshape(6, 1, 1, 1)
+  moments = statistics.sample_moments(h)
+
+  def of(labels):
+    logits = np.eye(3, dtype=np.float32)[labels]  # the teacher agrees
+    weights, seen = statistics.class_weights(labels, logits, 3)
+    return statistics.class_statistics(moments, weights), seen
+
+  centroids, seen = of(labels)
+  own = losses.sfda_loss([of(labels)[0]], [centroids], seen)
+  np.testing.assert_allclose(own, 0, atol=1e-10)
+  permuted, seen = of(np.array([1, 2, 0])[labels])
+  assert losses.sfda_loss([permuted], [centroids], seen) > 1
+  # The same samples, other members: a whole-batch statistic would not notice.
+  shuffled, seen = of(labels[[0, 2, 1, 4, 3, 5]])
+  assert losses.sfda_loss([shuffled], [centroids], seen) > 0.1
+
+
+def test_no_class_seen():
+  none = np.zeros(4, bool)
+  classes, centroids = _classes(0), _classes(1)
+  for reduction in ('sum', 'mean'):
+    for function in (
+      lambda c, r=reduction: losses.sfda_loss(c, centroids, none, r),
+      lambda c, r=reduction: losses.diversity_loss(
+        _KEY, c, centroids, none, (1.0, 1.0), reduction=r
+      ),
+    ):
+      value, gradient = jax.value_and_grad(function)(classes)
+      assert value == 0
+      for leaf in jax.tree.leaves(gradient):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+def test_gradients_reach_the_seen_classes_and_never_the_centroids():
+  def sfda(classes, centroids):
+    return losses.sfda_loss(classes, centroids, _SEEN)
+
+  def diversity(classes, centroids):
+    return losses.diversity_loss(_KEY, classes, centroids, _SEEN, (0.5, 1.0))
+
+  for function in (sfda, diversity):
+    to_classes, to_centroids = jax.grad(function, (0, 1))(
+      _classes(0), _classes(1)
+    )
+    for leaf in jax.tree.leaves(to_centroids):
+      np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+    for leaf in jax.tree.leaves(to_classes):
+      np.testing.assert_array_equal(leaf[1], np.zeros_like(leaf[1]))
+      assert np.all(np.abs(leaf[_SEEN]).max(-1) > 1e-3)
+
+
+# --- Diversity ---------------------------------------------------------------
+
+
+def _targets(key, centroids, noise, stored=None):
+  """The noisy centroids, read off the gradient at class statistics of 0."""
+  zeros = jax.tree.map(np.zeros_like, centroids)
+  seen = np.ones(len(centroids[0].mean), bool)
+
+  @jax.jit
+  def gradient_at(classes, key):
+    return jax.grad(
+      lambda c: losses.diversity_loss(key, c, centroids, seen, noise, stored)
+    )(classes)
+
+  gradient = gradient_at(zeros, key)
+  return jax.tree.map(
+    lambda g: np.asarray(-g * g.shape[-1] * len(centroids) / 2), gradient
+  )
+
+
+def test_diversity_is_not_sfda():
+  same = _classes(0)
+  assert losses.sfda_loss(same, same, _SEEN) == 0
+  value, gradient = jax.value_and_grad(
+    lambda c: losses.diversity_loss(_KEY, c, same, _SEEN, (0.5, 1.0))
+  )(same)
+  assert value > 0.1
+  for leaf in jax.tree.leaves(gradient):
+    assert np.all(np.abs(leaf[_SEEN]).max(-1) > 1e-3)
+
+
+def test_diversity_is_sfda_to_the_noisy_centroids():
+  classes, centroids = _classes(0), _classes(1)
+  targets = _targets(_KEY, centroids, (0.5, 1.0))
+  found = losses.diversity_loss(_KEY, classes, centroids, _SEEN, (0.5, 1.0))
+  expected = losses.sfda_loss(classes, targets, _SEEN)
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  mean = losses.diversity_loss(
+    _KEY, classes, centroids, _SEEN, (0.5, 1.0), reduction='mean'
+  )
+  np.testing.assert_allclose(mean, expected / 3, rtol=1e-4)
+
+
+def test_noise_is_fresh_for_every_key():
+  centroids = _classes(1)
+  one = _targets(jax.random.key(1), centroids, (0.5, 1.0))
+  again = _targets(jax.random.key(1), centroids, (0.5, 1.0))
+  two = _targets(jax.random.key(2), centroids, (0.5, 1.0))
+  for a, b, c in zip(*map(jax.tree.leaves, (one, again, two)), strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.1
+
+
+def test_noise_has_the_given_scales_and_no_correlations():
+  # Centroid stds of 100 keep the clip at 0 out of play.
+  size = (4, 2000)
+  layer = Statistics(np.zeros(size, np.float32), np.full(size, 100, np.float32))
+  targets = _targets(_KEY, (layer, layer), (0.5, 2.0))
+  means = np.concatenate([t.mean for t in targets])
+  stds = np.concatenate([t.std - 100 for t in targets])
+  np.testing.assert_allclose(means.std(1), [0.5] * 8, rtol=0.1)
+  np.testing.assert_allclose(stds.std(1), [2.0] * 8, rtol=0.1)
+  # No class, layer or moment shares its noise with another.
+  correlations = np.corrcoef(np.concatenate([means, stds])) - np.eye(16)
+  assert np.abs(correlations).max() < 0.15
+
+
+def test_noise_relative_to_the_stored_std():
+  centroids = _classes(1)
+  zero = jax.tree.map(np.zeros_like, centroids)
+  large = tuple(Statistics(s.mean, s.std + 100) for s in zero)
+  stored = tuple(
+    Statistics(np.zeros(c), np.arange(1, c + 1) / 10) for c in _CHANNELS
+  )
+  absolute = _targets(_KEY, large, (0.5, 1.0))
+  relative = _targets(_KEY, large, (0.5, 1.0), stored)
+  for a, r, s in zip(absolute, relative, stored, strict=True):
+    np.testing.assert_allclose(r.mean, a.mean * s.std, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+      r.std - 100, (a.std - 100) * s.std, rtol=1e-2, atol=1e-4
+    )
+
+
+def test_noisy_stds_are_clipped_at_zero():
+  centroids = _classes(1, (500,))
+  targets = _targets(_KEY, centroids, (1.0, 3.0))[0]
+  assert np.all(targets.std >= 0)
+  assert 0.2 < np.mean(targets.std == 0) < 0.6
+  assert np.any(targets.mean < 0)  # means may well be negative
