@@ -39,10 +39,11 @@ class Checkpoints:
     Raises:
       InputError: the disk is full or the folder cannot be written to.
     """
-    if any(c.step == step for c in self._checkpointer.checkpoints):
-      return
     try:
-      self._checkpointer.save(step, state, custom_metadata={'wall_s': wall_s})
+      # Over one that is there already: it could not be read.
+      self._checkpointer.save(
+        step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
+      )
     except Exception as e:  # Orbax and TensorStore raise many kinds
       reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
       raise InputError(

@@ -11,11 +11,15 @@ class-conditional BatchNorm of the ImageNet variant.
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clusterq_jax.layers import convolution
 
 _EPSILON = 1e-5
 _SLOPE = 0.2
+# U(-1, 1) / sqrt(fan-in). BatchNorm makes the scale a matter of how far Adam's
+# steps reach: wider initial weights learn more slowly.
+_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class _BatchNorm(nn.Module):
@@ -33,21 +37,49 @@ class _BatchNorm(nn.Module):
     return x * gain + (bias - mean * gain)
 
 
+# Which taps of a 3-tap filter fall on which low-resolution neighbour when it
+# runs over an image upsampled by repetition: [parity, neighbour, tap].
+_TAPS = np.array(
+  [
+    [[1, 0, 0], [0, 1, 1], [0, 0, 0]],
+    [[0, 0, 0], [1, 1, 0], [0, 0, 1]],
+  ],
+  np.float32,
+)
+
+
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """3x3 'same' convolution of the nearest-neighbour x2 upsampling of x.
+
+  Computed at the low resolution, for the four pixel parities at once: a quarter
+  of the pixels and four times the channels, which is twice as fast on CPU.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: [3, 3, C, F].
+
+  Returns:
+    [B, 2H, 2W, F].
+  """
+  b, h, w, c = x.shape
+  features = kernel.shape[-1]
+  taps = jnp.einsum('pah,qbw,hwcf->abcpqf', _TAPS, _TAPS, kernel)
+  x = convolution.conv2d(x, taps.reshape(3, 3, c, 4 * features), 1, 1)
+  x = x.reshape(b, h, w, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, 2 * h, 2 * w, features)
+
+
 class _Conv(nn.Module):
   features: int
+  upsample: bool = False
 
   @nn.compact
   def __call__(self, x):
     shape = (3, 3, x.shape[-1], self.features)
-    kernel = self.param('kernel', nn.initializers.lecun_uniform(), shape)
+    kernel = self.param('kernel', _INIT, shape)
+    if self.upsample:
+      return upsample_conv(x, kernel)
     return convolution.conv2d(x, kernel, 1, 1)
-
-
-def _upsample(x: jax.Array) -> jax.Array:
-  """Nearest neighbour, x2: [B, H, W, C] to [B, 2H, 2W, C]."""
-  b, h, w, c = x.shape
-  x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
-  return x.reshape(b, 2 * h, 2 * w, c)
 
 
 class Generator(nn.Module):
@@ -76,10 +108,13 @@ class Generator(nn.Module):
       embedding_init=nn.initializers.normal(1.0),
       name='embedding',
     )
-    x = nn.Dense(h * w * self.channels[0], name='dense')(z * embed(labels))
+    dense = nn.Dense(
+      h * w * self.channels[0], kernel_init=_INIT, name='dense'
+    )
+    x = dense(z * embed(labels))
     x = _BatchNorm(name='bn0')(x.reshape(-1, h, w, self.channels[0]))
     for i, features in enumerate(self.channels[1:], 1):
-      x = _Conv(features, name=f'conv{i}')(_upsample(x))
+      x = _Conv(features, upsample=True, name=f'conv{i}')(x)
       x = nn.leaky_relu(_BatchNorm(name=f'bn{i}')(x), _SLOPE)
     x = _Conv(depth, name='conv_out')(x)
     x = jnp.tanh(x + self.param('bias_out', nn.initializers.zeros, (depth,)))

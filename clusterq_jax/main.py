@@ -30,6 +30,9 @@ def main(argv: list[str]) -> int:
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
+  except OSError as e:  # a full disk, a folder taken away
+    print(f'error: {e.filename or _WORKDIR.value}: {e}', file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print(
       'interrupted; the same command resumes from the last checkpoint',

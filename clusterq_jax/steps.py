@@ -213,7 +213,9 @@ class Steps:
 
   # ---------------------------------------------------------------- steps
 
-  def _generator_update(self, state, teacher, key, class_terms):
+  def _generator_update(
+    self, state, teacher, key, class_terms, augmented=False
+  ):
     """One generator update; also what the student can use of it."""
     image_key, augment_key, noise_key = jax.random.split(key, 3)
     names = self.graph.batch_norms
@@ -222,7 +224,7 @@ class Steps:
 
     def loss_fn(params):
       images, labels = self.generate(params, image_key)
-      x = self._augment(augment_key, images)
+      x = self._augment(augment_key, images) if augmented else images
       logits, moments = self.teach(teacher, x)
       batch = [statistics.batch_statistics(m) for m in moments]
       terms = {
@@ -339,14 +341,16 @@ class Steps:
   def warmup_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Generator, L1 (eq. 7). key: of the run; returns (state, metrics)."""
     key = jax.random.fold_in(key, state.step)
-    state, metrics, _ = self._generator_update(state, teacher, key, False)
+    state, metrics, _ = self._generator_update(
+      state, teacher, key, class_terms=False
+    )
     return self._finish(state, metrics)
 
   def generator_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Generator, L2 (eq. 10); its images go to the pool."""
     key = jax.random.fold_in(key, state.step)
     state, metrics, (images, *_) = self._generator_update(
-      state, teacher, key, True
+      state, teacher, key, class_terms=True
     )
     return self._finish(self._remember(state, images), metrics)
 
@@ -354,7 +358,7 @@ class Steps:
     """Generator, L2, and student, L3, on the same images (eqs. 10, 11)."""
     key = jax.random.fold_in(key, state.step)
     state, metrics, (images, x, labels, logits) = self._generator_update(
-      state, teacher, key, True
+      state, teacher, key, class_terms=True, augmented=True
     )
     state, more = self._student_update(state, teacher, x, labels, logits)
     return self._finish(self._remember(state, images), {**metrics, **more})

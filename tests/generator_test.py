@@ -10,6 +10,10 @@ import pytest
 from clusterq_jax.generator import Generator
 
 _BATCH, _CLASSES, _LATENT = 6, 4, 8
+# What costs time here is compiling.
+_jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
 _LABELS = np.array([0, 1, 2, 3, 0, 1])
 
 
@@ -30,7 +34,7 @@ def _made(shape):
   variables = jax.tree.map(
     lambda a: 0.3 * random.randn(*a.shape).astype(a.dtype), shapes
   )
-  return variables, jax.jit(generator.apply)
+  return variables, _jit(generator.apply)
 
 
 @pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 3), (30, 30, 3)])
@@ -70,7 +74,7 @@ def test_every_parameter_has_a_gradient():
   variables, _ = _made((28, 28, 1))
   direction = np.random.RandomState(1).randn(_BATCH, 28, 28, 1)
 
-  @jax.jit
+  @_jit
   def gradient(variables, z, labels):
     def project(params):
       x = _generator((28, 28, 1)).apply({'params': params}, z, labels)

@@ -1,6 +1,9 @@
 """One property of each loss after another, against independent numpy."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -224,21 +227,19 @@ def test_gradients_reach_the_seen_classes_and_never_the_centroids():
 # --- Diversity ---------------------------------------------------------------
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames='noise',
+  compiler_options={'xla_backend_optimization_level': 0},  # to compile faster
+)
 def _targets(key, centroids, noise, stored=None):
   """The noisy centroids, read off the gradient at class statistics of 0."""
-  zeros = jax.tree.map(np.zeros_like, centroids)
-  seen = np.ones(len(centroids[0].mean), bool)
-
-  @jax.jit
-  def gradient_at(classes, key):
-    return jax.grad(
-      lambda c: losses.diversity_loss(key, c, centroids, seen, noise, stored)
-    )(classes)
-
-  gradient = gradient_at(zeros, key)
-  return jax.tree.map(
-    lambda g: np.asarray(-g * g.shape[-1] * len(centroids) / 2), gradient
-  )
+  zeros = jax.tree.map(jnp.zeros_like, centroids)
+  seen = jnp.ones(len(centroids[0].mean), bool)
+  gradient = jax.grad(
+    lambda c: losses.diversity_loss(key, c, centroids, seen, noise, stored)
+  )(zeros)
+  return jax.tree.map(lambda g: -g * g.shape[-1] * len(centroids) / 2, gradient)
 
 
 def test_diversity_is_not_sfda():

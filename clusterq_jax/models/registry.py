@@ -13,7 +13,7 @@ Builder = Callable[[protocol.LayerSet], nn.Module]
 
 _ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
   f'resnet{depth}': functools.partial(resnet.CifarResNet, depth=depth)
-  for depth in (20, 32, 44, 56, 110)
+  for depth in (8, 20, 32, 44, 56, 110)
 }
 
 

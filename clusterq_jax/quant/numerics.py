@@ -19,6 +19,9 @@ import jax.numpy as jnp
 
 BITS = range(2, 9)
 _TINY = 1e-8
+# Keeps the largest magnitude within its range: rounded, max / (max / high) may
+# exceed `high`, and the clipping gradient of that weight would be zero.
+_MARGIN = 1 + 1e-6
 # Clips tried by the MSE search, as fractions of the largest magnitude.
 _CLIPS = tuple(i / 40 for i in range(4, 41))
 
@@ -75,7 +78,7 @@ fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
 
 def max_step(x: jax.Array, high: int, axes: tuple[int, ...]) -> jax.Array:
   """The step at which the largest magnitude over `axes` has code `high`."""
-  return jnp.maximum(jnp.max(jnp.abs(x), axes) / high, _TINY)
+  return jnp.maximum(jnp.max(jnp.abs(x), axes) * (_MARGIN / high), _TINY)
 
 
 def mse_step(

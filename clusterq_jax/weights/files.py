@@ -8,6 +8,7 @@ Left out: pickles that need more than tensors, TorchScript, and any knowledge of
 what the tensors mean, which is `layouts`' part.
 """
 
+import json
 import os
 import pickletools
 import re
@@ -116,7 +117,9 @@ def write_safetensors(
     ValueError: a key contains '/'.
   """
   path = os.fspath(path)
-  payload = safetensors.numpy.save(dict(_flatten(variables)), metadata)
+  payload = _sort_header(
+    safetensors.numpy.save(dict(_flatten(variables)), metadata)
+  )
   # Beside the target: os.replace is atomic within one file system only.
   temporary = f'{path}.{os.getpid()}.tmp'
   try:
@@ -151,6 +154,15 @@ def unflatten(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
       raise InputError(f'{names([key])} is both a tensor and a group')
     node[leaf] = value
   return tree
+
+
+def _sort_header(payload: bytes) -> bytes:
+  """The same file for the same contents: metadata come in random order."""
+  size = int.from_bytes(payload[:8], 'little')
+  header = json.loads(payload[8 : 8 + size])
+  text = json.dumps(header, sort_keys=True, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  return len(text).to_bytes(8, 'little') + text + payload[8 + size :]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = ''):

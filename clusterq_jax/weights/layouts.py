@@ -22,7 +22,7 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.weights import files
 
 FORMAT = 'clusterq-jax teacher 1'
-RESNETS = {f'resnet{6 * n + 2}': n for n in (3, 5, 7, 9, 18)}
+RESNETS = {f'resnet{6 * n + 2}': n for n in (1, 3, 5, 7, 9, 18)}
 
 _STEM = 'stem'
 _CONV1 = 'stage{s}_block{b}_conv1'

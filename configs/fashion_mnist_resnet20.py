@@ -1,0 +1,24 @@
+"""The embedded default: ResNet-20 on Fashion-MNIST, W4A4, in minutes.
+
+Paper: ClusterQ, arXiv 2205.00179, with the short recipe of
+`clusterq_jax.config.fast`. Teacher and test images come with the project, and
+the weights file says what input it expects.
+
+    python -m clusterq_jax.main --config=configs/fashion_mnist_resnet20.py \
+        --workdir=runs/fashion_mnist
+
+EXPECTED
+"""
+
+from clusterq_jax import config as config_lib
+
+
+def get_config():
+  """The short recipe, shortened further, on the embedded files."""
+  config = config_lib.fast()
+  config.schedule.warmup_steps = 100
+  config.schedule.generator_steps = 60
+  config.schedule.student_steps = 90
+  config.schedule.pool_batches = 60
+  config.eval.source = 'fashion_mnist'
+  return config
