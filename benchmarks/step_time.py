@@ -33,7 +33,7 @@ TOLERANCE = 1e-3  # of --check, relative
 # ------------------------------------------------------------------------ JAX
 def make_steps(args):
   from clusterq_jax import config as config_lib
-  from clusterq_jax import data, teacher, train
+  from clusterq_jax import data, experiment, teacher
   from clusterq_jax.layers import protocol
   from clusterq_jax.models import registry
 
@@ -46,7 +46,7 @@ def make_steps(args):
   build = registry.builder('resnet20', num_classes=CLASSES)
   prep = data.Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3)
   graph = protocol.trace(build)
-  return train.make_steps(
+  return experiment.make_steps(
     config, teacher.Teacher(build, graph, {}, prep, CLASSES, {}, (), '')
   )
 
@@ -103,6 +103,11 @@ class JaxStep:
 
     steps, compiler = make_steps(args), train.Compiler()
     teacher, state = make_inputs(steps, args.seed)
+    if args.check:  # Flax makes float32 parameters under x64, too
+      teacher, state = jax.tree.map(
+        lambda a: np.float64(a) if a.dtype == np.float32 else a,
+        (teacher, state),
+      )
     self.inputs = flatten({'teacher': teacher, 'state': state})
     self.state, *self.rest = jax.device_put(
       (state, teacher, jax.random.key(args.seed)),
@@ -491,6 +496,8 @@ def main() -> int:
   if args.check:
     return max(call('check', name).returncode for name in names)
   print(machine(args))
+  if os.getloadavg()[0] > 0.5:
+    print('warning: the machine is busy; the ratio is not to be trusted')
   for name in names:
     measure(args, name)
   return 0

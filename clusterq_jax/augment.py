@@ -1,7 +1,7 @@
 """Augmentation of synthetic images: random resized crop and flip.
 
-Differentiable, batched, and free of data-dependent shapes: the crop is a pair of
-bilinear interpolation matrices per image, identities where it is switched off.
+Differentiable, batched, and free of data-dependent shapes: the crop is a pair
+of bilinear interpolation matrices per image, identities where it is off.
 """
 
 import jax
@@ -30,7 +30,9 @@ def random_resized_crop_and_flip(
   batch, height, width, _ = x.shape
   keys = jax.random.split(key, 6)
   on = jax.random.bernoulli(keys[0], probability)
-  area = jax.random.uniform(keys[1], (batch,), minval=_SCALE[0], maxval=_SCALE[1])
+  area = jax.random.uniform(
+    keys[1], (batch,), minval=_SCALE[0], maxval=_SCALE[1]
+  )
   aspect = jnp.exp(
     jax.random.uniform(
       keys[2], (batch,), minval=-_LOG_ASPECT, maxval=_LOG_ASPECT

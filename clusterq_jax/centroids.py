@@ -2,21 +2,20 @@
 
 Part of the train state; gradients never flow into them. With few samples of a
 class per batch the statistics of one batch lack part of the between-sample
-spread that the average over many has; the EMA follows the paper's eq. 5 (on mean
-and standard deviation) all the same.
+spread that the average over many has; the EMA follows the paper's eq. 5 (on
+mean and standard deviation) all the same.
 
 Shapes: K classes, C_l channels of semantic layer l.
 """
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from clusterq_jax.statistics import Statistics
 
 
-@struct.dataclass
-class Centroids:
+class Centroids(struct.PyTreeNode):
   """layers: Statistics [K, C_l] per semantic layer; seen: bool [K]."""
 
   layers: tuple[Statistics, ...]

@@ -5,9 +5,9 @@ short is never taken for a whole one; should the newest be unreadable all the
 same, the one before it is used, and that is said.
 """
 
-from collections.abc import Callable
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ class Checkpoints:
   """The checkpoints of one workdir, the newest two kept."""
 
   def __init__(self, directory: str):
-    logging.getLogger('absl').setLevel(logging.ERROR)
+    # Its errors come as exceptions too; logged, they are pages of tracebacks.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
     self._directory = os.path.abspath(directory)
     try:
       self._checkpointer = ocp.training.Checkpointer(
@@ -66,7 +67,7 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints and none can be read.
     """
-    steps = sorted((c.step for c in self._checkpointer.checkpoints))
+    steps = sorted(c.step for c in self._checkpointer.checkpoints)
     for step in reversed(steps):
       try:
         state = self._checkpointer.load(step, abstract)

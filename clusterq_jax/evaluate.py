@@ -1,6 +1,6 @@
 """Accuracy and agreement of networks, on real and on synthetic images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from clusterq_jax.data import Images
 
-Predict = Callable[[jax.Array], jax.Array]
+Predict = Callable[[Any], jax.Array]
 
 
 def predictions(
@@ -39,7 +39,7 @@ def percent(right: np.ndarray) -> float:
 
 
 def on_images(
-  networks: dict[str, Predict], images: Images | None, batch_size: int
+  networks: Mapping[str, Predict], images: Images | None, batch_size: int
 ) -> dict[str, Any]:
   """Top-1 of each network in percent; agreement of 'student' with 'teacher'.
 

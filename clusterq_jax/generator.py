@@ -1,17 +1,17 @@
-"""The conditional generator G(z | y) of GDFQ (Xu et al. 2020), for small images.
+"""The conditional generator G(z | y) of GDFQ (Xu et al. 2020), small images.
 
 embedding(y) * z -> dense -> H/4 x W/4 -> BN -> x2 -> conv, BN, leaky ReLU -> x2
 -> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain and bias, which gives
-the images the scale of the teacher's normalised input. BatchNorm always uses the
-statistics of the batch, in training and after it, so there is no second mode in
-which images differ from those that were optimised. Left out: the
+the images the scale of the teacher's normalised input. BatchNorm always uses
+the statistics of the batch, in training and after it, so there is no second
+mode in which images differ from those that were optimised. Left out: the
 class-conditional BatchNorm of the ImageNet variant.
 """
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from clusterq_jax.layers import convolution
 
@@ -108,9 +108,7 @@ class Generator(nn.Module):
       embedding_init=nn.initializers.normal(1.0),
       name='embedding',
     )
-    dense = nn.Dense(
-      h * w * self.channels[0], kernel_init=_INIT, name='dense'
-    )
+    dense = nn.Dense(h * w * self.channels[0], kernel_init=_INIT, name='dense')
     x = dense(z * embed(labels))
     x = _BatchNorm(name='bn0')(x.reshape(-1, h, w, self.channels[0]))
     for i, features in enumerate(self.channels[1:], 1):

@@ -94,11 +94,11 @@ def sfda_loss(
   """
   centroids = jax.lax.stop_gradient(centroids)
   per_class = [_distance(a, b) for a, b in zip(classes, centroids, strict=True)]
-  total = sum(jnp.sum(jnp.where(seen, d, 0.0)) for d in per_class)
-  total = total / len(per_class)
+  layers = [jnp.sum(jnp.where(seen, d, 0.0)) for d in per_class]
+  total = jnp.mean(jnp.stack(layers))
   if reduction == 'mean':
     total = total / jnp.maximum(jnp.sum(seen), 1)
-  return jnp.asarray(total)
+  return total
 
 
 def diversity_loss(

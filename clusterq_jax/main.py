@@ -7,6 +7,7 @@
 import sys
 
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 
 from clusterq_jax import report, train
@@ -22,8 +23,7 @@ _MODE = flags.DEFINE_enum(
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
   try:
-    _parse(argv)
-    config, workdir = _CONFIG.value, _WORKDIR.value
+    config, workdir = _parse(argv)
     mode = train.quantize if _MODE.value == 'quantize' else train.evaluate
     results = mode(config, workdir)
     print(report.closing_table(results, config, workdir))
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     print(f'error: {e}', file=sys.stderr)
     return 2
   except OSError as e:  # a full disk, a folder taken away
-    print(f'error: {e.filename or _WORKDIR.value}: {e}', file=sys.stderr)
+    where = e.filename or _WORKDIR.value
+    print(f'error: {where}: {e.strerror or e}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(
@@ -42,17 +43,20 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
   try:
     rest = flags.FLAGS(argv)[1:]
-  except FileNotFoundError as e:
-    raise InputError(f'--config: no such file: {e.filename}') from e
+    _ = _CONFIG.value  # a file that cannot be read raises here
+  except OSError as e:
+    reason = str(e).strip().splitlines()[-1].strip()
+    raise InputError(f'--config: {reason}') from e
   except Exception as e:  # a config file may raise anything
     raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
   if rest:
     raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
   if _CONFIG.value is None or not _WORKDIR.value:
     raise InputError('--config=configs/NAME.py and --workdir=DIR are required')
+  return _CONFIG.value, _WORKDIR.value
 
 
 if __name__ == '__main__':

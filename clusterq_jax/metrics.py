@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, a progress bar, a last table."""
+"""What a run says while it goes: metrics.jsonl, a progress bar, a table."""
 
 import json
 import os

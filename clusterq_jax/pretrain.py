@@ -8,7 +8,8 @@ looked at once, after the last step.
         --output=fashion_mnist_resnet20.safetensors
 
 The folder holds the four IDX files (Debian package dataset-fashion-mnist, or
-https://github.com/zalandoresearch/fashion-mnist). About 40 minutes on two cores.
+https://github.com/zalandoresearch/fashion-mnist). About 40 minutes on two
+cores.
 """
 
 import functools
@@ -17,13 +18,12 @@ import pathlib
 import sys
 import time
 
-from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
+from absl import app, flags
 
 from clusterq_jax import data
 from clusterq_jax.errors import InputError
@@ -49,7 +49,10 @@ def augment(key: jax.Array, x: jax.Array, shift: int = 2) -> jax.Array:
   x = jnp.where(flip, x[:, :, ::-1], x)
   x = jnp.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
   starts = jax.random.randint(shift_key, (size[0], 2), 0, 2 * shift + 1)
-  crop = lambda image, yx: jax.lax.dynamic_slice(image, (*yx, 0), size[1:])
+
+  def crop(image, yx):
+    return jax.lax.dynamic_slice(image, (*yx, 0), size[1:])
+
   return jax.vmap(crop)(x, starts)
 
 
@@ -98,15 +101,14 @@ def main(argv: list[str]) -> None:
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       variables['params']
     )
-    updates, opt_state = optimizer.update(
-      grads, opt_state, variables['params']
-    )
+    updates, opt_state = optimizer.update(grads, opt_state, variables['params'])
     params = optax.apply_updates(variables['params'], updates)
     return {'params': params, 'batch_stats': batch_stats}, opt_state, loss
 
   @jax.jit
   def predict(variables, pixels):
-    return jnp.argmax(teacher.apply(variables, prep.normalize(pixels)), -1)
+    logits = teacher.apply(variables, prep.normalize(pixels))
+    return jnp.argmax(jnp.asarray(logits), -1)
 
   def top1(split: data.Images) -> float:
     right = [

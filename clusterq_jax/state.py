@@ -5,14 +5,13 @@ The teacher is not in it: it never changes, and is an argument of every step.
 
 from typing import Any
 
-from flax import struct
 import jax
+from flax import struct
 
 from clusterq_jax.centroids import Centroids
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Donated to every step.
 
   Attributes:

@@ -13,20 +13,17 @@ student-only phase is this project's (a generator rests while the student learns
 from its recent images, as IntraQ and HAST do with fixed sets).
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
-from clusterq_jax import augment
+from clusterq_jax import augment, losses, sharding, statistics
 from clusterq_jax import centroids as centroids_lib
-from clusterq_jax import losses
-from clusterq_jax import sharding
-from clusterq_jax import statistics
 from clusterq_jax.data import Preprocessing
 from clusterq_jax.generator import Generator
 from clusterq_jax.layers import fake_quant
@@ -116,7 +113,8 @@ class Steps:
     logits, taps = network.apply(teacher, x, mutable=['moments'])
     return logits, float_layers.ordered_moments(taps, self.graph)
 
-  def teacher_logits(self, teacher: Any, x: jax.Array) -> jax.Array:
+  def teacher_logits(self, teacher: Any, x: jax.Array):
+    """Teacher logits [B, K]."""
     return self._network(float_layers.layer_set()).apply(teacher, x)
 
   def student_logits(self, student: Any, teacher: Any, x: jax.Array):
@@ -270,9 +268,7 @@ class Steps:
     )
     new = _apply(state.generator, updates, self.generator_lr(state.step))
     metrics = {f'generator/{k}': v for k, v in terms.items()}
-    state = state.replace(
-      generator=new, generator_opt=opt, centroids=centroids
-    )
+    state = state.replace(generator=new, generator_opt=opt, centroids=centroids)
     return state, metrics, jax.lax.stop_gradient(tuple(images))
 
   def _student_update(self, state, teacher, x, labels, teacher_logits):

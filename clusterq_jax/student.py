@@ -1,14 +1,14 @@
 """A finished student on disk: one safetensors file, and its loading.
 
-The file holds everything that inference needs (parameters, BatchNorm statistics,
-quantizer steps; architecture, bits and preprocessing in the header), not the
-teacher, the generator or the optimisers.
+The file holds everything that inference needs (parameters, BatchNorm
+statistics, quantizer steps; architecture, bits and preprocessing in
+the header), not the teacher, the generator or the optimisers.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -103,14 +103,11 @@ def load(path: str | pathlib.Path) -> Student:
     raise InputError(
       f'{file}: format {metadata.get("format")!r}; expected {FORMAT!r}'
     )
-  raw = json.loads(metadata['preprocessing'])
+  raw: dict[str, Any] = json.loads(metadata['preprocessing'])
   lists = ('image_size', 'mean', 'std')
-  preprocessing = Preprocessing(
-    **{k: tuple(v) if k in lists else v for k, v in raw.items()}
-  )
-  build = registry.builder(
-    metadata['arch'], **json.loads(metadata['options'])
-  )
+  raw |= {key: tuple(raw[key]) for key in lists}
+  preprocessing = Preprocessing(**raw)
+  build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
   plan = plan_lib.make_plan(
     protocol.trace(build), bits, json.loads(metadata['learned'])

@@ -1,10 +1,10 @@
 """The teacher: a float network, its weights, and what they expect as input."""
 
-from collections.abc import Mapping
 import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from clusterq_jax import weights as weights_lib

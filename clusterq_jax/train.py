@@ -3,32 +3,29 @@
 No formulas here: they are in `steps.py` and what it calls.
 """
 
-from collections.abc import Callable
-import functools
-import json
+import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
-from clusterq_jax import checkpoint
+from clusterq_jax import checkpoint, data, experiment, samples, sharding
 from clusterq_jax import config as config_lib
-from clusterq_jax import data
 from clusterq_jax import evaluate as evaluate_lib
-from clusterq_jax import generator as generator_lib
 from clusterq_jax import metrics as metrics_lib
-from clusterq_jax import samples
-from clusterq_jax import sharding
 from clusterq_jax import student as student_lib
-from clusterq_jax import teacher as teacher_lib
+from clusterq_jax import workdir as workdir_lib
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float as float_layers
 from clusterq_jax.quant import plan as plan_lib
-from clusterq_jax.steps import LossWeights, Steps
+from clusterq_jax.state import TrainState
+from clusterq_jax.steps import Steps
+from clusterq_jax.teacher import Teacher
 
 # Streams of random numbers of a run, folded into its seed.
 _INIT, _TRAIN, _CENTROIDS, _CALIBRATION, _HELD_OUT, _SAMPLES = range(6)
@@ -52,144 +49,82 @@ class Compiler:
     return compiled
 
 
-# ---------------------------------------------------------------- from config
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What the parts of a run share.
 
+  Attributes:
+    config: the configuration.
+    teacher: as loaded.
+    variables: the teacher's, on the devices.
+    steps: the steps of the method.
+    keys: one per stream of random numbers.
+    compile: the compiler.
+  """
 
-def load_teacher(config: ml_collections.ConfigDict) -> teacher_lib.Teacher:
-  t = config.teacher.to_dict()
-  path = t.pop('weights')
-  return teacher_lib.load(path=path, **t)
+  config: ml_collections.ConfigDict
+  teacher: Teacher
+  variables: Any
+  steps: Steps
+  keys: list[jax.Array]
+  compile: Compiler
 
-
-def bits_of(config: ml_collections.ConfigDict) -> plan_lib.Bits:
-  quant = config.quant
-  first, last = quant.first_weight_bits, quant.last_weight_bits
-  return plan_lib.Bits(
-    weights=quant.weight_bits,
-    activations=quant.activation_bits,
-    first=quant.weight_bits if first is None else first,
-    last=quant.weight_bits if last is None else last,
-    placement=quant.placement,
-  )
-
-
-def _learning_rate(base: float, schedule, start: int, end: int):
-  """Learning rate by step; cosine runs from `start` to `end`."""
-  if schedule.lr_decay == 'cosine':
-    cosine = optax.cosine_decay_schedule(base, max(end - start, 1))
-    return lambda step: cosine(jnp.maximum(step - start, 0))
-  factors = dict.fromkeys(schedule.lr_boundaries, schedule.lr_factor)
-  return optax.piecewise_constant_schedule(base, factors)
-
-
-def make_steps(
-  config: ml_collections.ConfigDict, teacher: teacher_lib.Teacher
-) -> Steps:
-  """The steps of the run that `config` describes."""
-  s, loss, student = config.schedule, config.loss, config.student
-  plan = plan_lib.make_plan(
-    teacher.graph, bits_of(config), config.quant.ranges == 'learned'
-  )
-  layers = len(teacher.graph.batch_norms)
-  first = config.centroids.first_layer
-  if first is None:
-    first = max(0, (layers + 1) // 2 - 2)
-  if not 0 <= first < layers:
-    raise InputError(
-      f'config.centroids.first_layer={first}: expected 0 to {layers - 1}'
+  def initialize_centroids(self, state: TrainState) -> TrainState:
+    images = self.config.centroids.images_per_class * self.steps.num_classes
+    batches = -(-images // self.steps.batch_size)
+    keys = jax.random.split(self.keys[_CENTROIDS], batches)
+    args = (state, self.variables, keys)
+    return self.compile(self.steps.initialize_centroids, *args, donate=True)(
+      *args
     )
-  if student.optimizer == 'adam':
-    optimizer = optax.scale_by_adam()
-  else:
-    optimizer = optax.chain(
-      optax.add_decayed_weights(student.weight_decay),
-      optax.trace(student.momentum, nesterov=True),
+
+  def calibrate_student(self, state: TrainState) -> TrainState:
+    args = (state, self.variables, self.keys[_CALIBRATION])
+    return self.compile(self.steps.calibrate_student, *args, donate=True)(*args)
+
+  def synthetic_agreement(self, state: TrainState) -> dict[str, Any]:
+    """On images of the final generator, from noise never trained on."""
+    steps = self.steps
+
+    def answers(state, variables, key):
+      pixels = steps.preprocessing.to_pixels(
+        steps.generate(state.generator, key)[0]
+      )
+      x = steps.preprocessing.normalize(pixels)
+      teacher = steps.teacher_logits(variables, x)
+      student = steps.student_logits(state.student, variables, x)
+      return jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
+
+    key = self.keys[_HELD_OUT]
+    batches = -(-self.config.eval.synthetic_images // steps.batch_size)
+    program = self.compile(answers, state, self.variables, key)
+    agree = [
+      program(state, self.variables, k) for k in jax.random.split(key, batches)
+    ]
+    right = np.concatenate(jax.device_get(agree))
+    return {'agreement': evaluate_lib.percent(right), 'n': len(right)}
+
+  def save_samples(self, state: TrainState, path: pathlib.Path) -> None:
+    x, labels = jax.jit(self.steps.generate)(
+      state.generator, self.keys[_SAMPLES]
     )
-  total = config_lib.total_steps(s)
-  generator_end = total - s.student_steps
-  student_start = generator_end - s.joint_steps
-  rate = functools.partial(_learning_rate, schedule=s)
-  return Steps(
-    build=teacher.build,
-    graph=teacher.graph,
-    plan=plan,
-    generator=generator_lib.Generator(
-      shape=teacher.preprocessing.shape,
-      num_classes=teacher.num_classes,
-      latent_dim=config.generator.latent_dim,
-      channels=tuple(config.generator.channels),
-    ),
-    preprocessing=teacher.preprocessing,
-    weights=LossWeights(
-      statistics=loss.statistics,
-      sfda=loss.sfda,
-      diversity=loss.diversity,
-      noise=tuple(loss.noise),
-      noise_relative=loss.noise_relative,
-      class_reduction=loss.class_reduction,
-      centroid_decay=config.centroids.decay,
-      student_cross_entropy=loss.student_cross_entropy,
-      distillation=loss.distillation,
-    ),
-    first_semantic_layer=first,
-    batch_size=s.batch_size,
-    pool_batches=s.pool_batches,
-    augment_probability=config.augment.probability,
-    augment_flip=config.augment.flip,
-    range_steps=student_start + s.range_steps,
-    generator_lr=rate(config.generator.lr, start=0, end=generator_end),
-    student_lr=rate(student.lr, start=student_start, end=total),
-    quant_lr=rate(student.quant_lr, start=student_start, end=total),
-    generator_optimizer=optax.scale_by_adam(*config.generator.betas),
-    student_optimizer=optimizer,
-    mesh=sharding.make_mesh(s.batch_size),
-  )
+    pixels = self.teacher.preprocessing.to_pixels(x)
+    samples.save(path, np.asarray(pixels), np.asarray(labels))
+
+  def save_student(self, state: TrainState, path: pathlib.Path) -> None:
+    student_lib.save(
+      path,
+      {**state.student, 'batch_stats': self.variables['batch_stats']},
+      self.config.teacher.arch,
+      self.teacher.options,
+      experiment.bits_of(self.config),
+      self.steps.plan.learned,
+      self.teacher.preprocessing,
+      self.teacher.class_names,
+    )
 
 
-# -------------------------------------------------------------------- workdir
-
-
-def _open_workdir(
-  config: ml_collections.ConfigDict, workdir: str
-) -> pathlib.Path:
-  """Makes the workdir, or refuses one that holds a run of another config."""
-  folder = pathlib.Path(workdir)
-  file = folder / 'config.json'
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-      changed = config_lib.differences(json.loads(file.read_text()), config)
-      if changed:
-        raise InputError(
-          f'{workdir} holds a run with another config; it differs in '
-          f'{"; ".join(changed)}. Choose another workdir, or the same config'
-        )
-    metrics_lib.write_json(file, config.to_dict())
-  except OSError as e:
-    raise InputError(f'{workdir}: cannot be written: {e.strerror}') from e
-  except json.JSONDecodeError as e:
-    raise InputError(f'{file}: not a config: {e}') from e
-  return folder
-
-
-def _merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
-  """Adds to results.json, or replaces, the keys of `new`, one level deep."""
-  file = folder / 'results.json'
-  results = json.loads(file.read_text()) if file.exists() else {}
-  for key, value in new.items():
-    old = results.get(key)
-    both = isinstance(old, dict) and isinstance(value, dict)
-    results[key] = {**old, **value} if both else value
-  metrics_lib.write_json(file, results)
-  return results
-
-
-# ------------------------------------------------------------------- quantize
-
-
-def quantize(
-  config: ml_collections.ConfigDict, workdir: str
-) -> dict[str, Any]:
+def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Quantizes a teacher without data; resumes what the workdir holds.
 
   Args:
@@ -206,135 +141,56 @@ def quantize(
   """
   began = time.monotonic()
   config_lib.validate(config)
-  teacher = load_teacher(config)
-  steps = make_steps(config, teacher)
-  images = _eval_images(config, teacher)
-  folder = _open_workdir(config, workdir)
-  compile_program = Compiler()
+  teacher = experiment.load_teacher(config)
+  images = experiment.load_images(config, teacher)
+  steps = experiment.make_steps(config, teacher)
+  folder = workdir_lib.open_workdir(config, workdir)
 
-  # -- state: from the newest checkpoint, or from scratch
   replicated = sharding.replicated(steps.mesh)
   root = jax.random.key(config.seed)
-  keys = [
-    jax.device_put(jax.random.fold_in(root, i), replicated) for i in range(6)
-  ]
-  variables = jax.device_put(teacher.variables, replicated)
+  run = _Run(
+    config,
+    teacher,
+    variables=jax.device_put(teacher.variables, replicated),
+    steps=steps,
+    keys=[
+      jax.device_put(jax.random.fold_in(root, i), replicated) for i in range(6)
+    ],
+    compile=Compiler(),
+  )
+
+  # ------------------------------------------------- state: resume or begin
   init = jax.jit(steps.init, out_shardings=replicated)
+  init_args = run.keys[_INIT], run.variables
   abstract = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-    jax.eval_shape(init, keys[_INIT], variables),
+    jax.eval_shape(init, *init_args),
   )
   checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
   restored = checkpoints.restore(abstract, say=print)
   if restored is None:
-    state, wall_before = init(keys[_INIT], variables), 0.0
+    state, wall_before = init(*init_args), 0.0
     checkpoints.save(0, state, 0.0)
   else:
     state, wall_before = restored
-  done = int(state.step)
-  total = config_lib.total_steps(config.schedule)
 
-  # -- the loop
-  log = metrics_lib.MetricsFile(folder / 'metrics.jsonl', done)
-  progress = metrics_lib.Progress(total, done, config.schedule.batch_size)
-  if restored is not None:
-    progress.say(f'{workdir}: resuming at step {done} of {total}')
-  s = config.schedule
-  phases = (
-    ('warm-up', s.warmup_steps, steps.warmup_step),
-    ('generator', s.generator_steps, steps.generator_step),
-    ('joint', s.joint_steps, steps.joint_step),
-    ('student', s.student_steps, steps.student_step),
-  )
-  student_start = total - s.student_steps - s.joint_steps
-  pending: list[tuple[int, str, Any]] = []
+  # --------------------------------------------------------------- the loop
+  def save(step: int, state: TrainState) -> None:
+    checkpoints.save(step, state, wall_before + time.monotonic() - began)
 
-  def flush(keep: int) -> None:
-    """Fetches logged metrics but the last `keep`, which may still be running."""
-    while len(pending) > keep:
-      step, phase, values = pending.pop(0)
-      values, bad = jax.device_get(values)
-      if bad >= 0:
-        progress.close()
-        raise InputError(
-          f'the loss is no longer finite since step {bad}; the last good '
-          f'checkpoint is kept in {folder / "checkpoints"}. Try a lower '
-          'config.generator.lr or config.student.lr'
-        )
-      log.write(step, values)
-      progress.update(step, phase, values)
+  state, images_per_s = _train(run, state, folder, save)
 
-  loop_began, start, compile_before = time.monotonic(), done, 0.0
-  end = 0
-  for phase, length, step_fn in phases:
-    first, end = end, end + length
-    if done >= end:
-      continue
-    program = compile_program(
-      step_fn, state, variables, keys[_TRAIN], donate=True
-    )
-    for step in range(done, end):
-      if step == s.warmup_steps == first:
-        state = _initialize_centroids(
-          config, steps, compile_program, state, variables, keys[_CENTROIDS]
-        )
-      if step == student_start == first:
-        calibrate = compile_program(
-          steps.calibrate_student,
-          state,
-          variables,
-          keys[_CALIBRATION],
-          donate=True,
-        )
-        state = calibrate(state, variables, keys[_CALIBRATION])
-      state, values = program(state, variables, keys[_TRAIN])
-      done = step + 1
-      if done % config.report.log_every == 0 or done == total:
-        # A copy: the state itself is donated to the next step.
-        pending.append((done, phase, (values, jnp.copy(state.bad_step))))
-        flush(keep=1)
-      if done % config.checkpoint_every == 0 or done == total:
-        flush(keep=0)
-        if int(state.bad_step) < 0:
-          wall = wall_before + time.monotonic() - began
-          checkpoints.save(done, state, wall)
-  flush(keep=0)
-  progress.close()
-  loop_s = time.monotonic() - loop_began - compile_program.seconds
-  loop_s += compile_before
-  rate = (done - start) * s.batch_size / loop_s if done > start else None
-
-  # -- what came out of it
-  student_variables = {
-    **state.student,
-    'batch_stats': variables['batch_stats'],
-  }
-  bits = bits_of(config)
-  student_lib.save(
-    folder / student_lib.FILE,
-    student_variables,
-    config.teacher.arch,
-    teacher.options,
-    bits,
-    steps.plan.learned,
-    teacher.preprocessing,
-    teacher.class_names,
-  )
-  synthetic = _synthetic_agreement(
-    config, steps, compile_program, state, variables, keys[_HELD_OUT]
-  )
-  drawn, labels = jax.jit(steps.generate)(state.generator, keys[_SAMPLES])
-  samples.save(
-    folder / 'samples.png',
-    np.asarray(teacher.preprocessing.to_pixels(drawn)),
-    np.asarray(labels),
-  )
-  results = _on_images(config, steps, compile_program, state, variables, images)
-  params = variables['params']
+  # --------------------------------------------------- what came out of it
+  run.save_student(state, folder / student_lib.FILE)
+  run.save_samples(state, folder / 'samples.png')
+  predict = student_lib.load(folder).logits
+  results: dict[str, Any] = _on_images(config, teacher, predict, images)
+  bits = experiment.bits_of(config)
+  params = run.variables['params']
   results |= {
-    'synthetic': synthetic,
+    'synthetic': run.synthetic_agreement(state),
     'bits': {
-      **bits.__dict__,
+      **dataclasses.asdict(bits),
       'input': plan_lib.WIDE_BITS,
       'classifier_input': plan_lib.WIDE_BITS,
     },
@@ -342,81 +198,107 @@ def quantize(
       'teacher_bytes': sum(4 * a.size for a in jax.tree.leaves(params)),
       'student_bytes': int(plan_lib.weight_bytes(params, steps.plan)),
     },
-    'steps': total,
+    'steps': int(state.step),
     'seed': config.seed,
     'wall_s': round(wall_before + time.monotonic() - began, 2),
-    'compile_s': round(compile_program.seconds, 2),
-    'images_per_s': None if rate is None else round(rate, 1),
+    'compile_s': round(run.compile.seconds, 2),
+    'images_per_s': images_per_s,
     'peak_rss_mb': metrics_lib.peak_rss_mb(),
     'devices': [d.device_kind for d in jax.devices()],
   }
-  return _merge_results(folder, results)
+  return workdir_lib.merge_results(folder, results)
 
 
-def _initialize_centroids(
-  config, steps, compile_program, state, variables, key
-):
-  images = config.centroids.images_per_class * steps.num_classes
-  batches = -(-images // config.schedule.batch_size)
-  keys = jax.random.split(key, batches)
-  program = compile_program(
-    steps.initialize_centroids, state, variables, keys, donate=True
+def _train(
+  run: _Run,
+  state: TrainState,
+  folder: pathlib.Path,
+  save: Callable[[int, TrainState], None],
+) -> tuple[TrainState, float | None]:
+  """Runs the steps that remain; returns the state and images per second.
+
+  The loop never waits for the device but to save: metrics are fetched one
+  logging interval late, when the device is long past them.
+  """
+  s, steps = run.config.schedule, run.steps
+  phases = (
+    ('warm-up', s.warmup_steps, steps.warmup_step),
+    ('generator', s.generator_steps, steps.generator_step),
+    ('joint', s.joint_steps, steps.joint_step),
+    ('student', s.student_steps, steps.student_step),
   )
-  return program(state, variables, keys)
+  total = sum(length for _, length, _ in phases)
+  centroids_at = s.warmup_steps
+  calibrate_at = total - s.student_steps - s.joint_steps
+  start = done = int(state.step)
+  log = metrics_lib.MetricsFile(folder / 'metrics.jsonl', done)
+  progress = metrics_lib.Progress(total, done, s.batch_size)
+  if done:
+    progress.say(f'{folder}: resuming at step {done} of {total}')
+  pending: list[tuple[int, str, Any]] = []
+
+  def flush(keep: int) -> None:
+    """Fetches logged metrics but the last `keep`: those may be running."""
+    while len(pending) > keep:
+      step, phase, (values, bad) = pending.pop(0)
+      values, bad = jax.device_get((values, bad))
+      if bad >= 0:
+        progress.close()
+        raise InputError(
+          f'the loss is no longer finite since step {bad + 1}; the last good '
+          f'checkpoint is kept in {folder / "checkpoints"}. Try a lower '
+          'config.generator.lr or config.student.lr'
+        )
+      log.write(step, values)
+      progress.update(step, phase, values)
+
+  began, compiled_before = time.monotonic(), run.compile.seconds
+  args = run.variables, run.keys[_TRAIN]
+  end = 0
+  for phase, length, step_fn in phases:
+    end += length
+    if done >= end:
+      continue
+    program = run.compile(step_fn, state, *args, donate=True)
+    while done < end:
+      if done == centroids_at:
+        state = run.initialize_centroids(state)
+      if done == calibrate_at:
+        state = run.calibrate_student(state)
+      state, values = program(state, *args)
+      done += 1
+      if done % run.config.report.log_every == 0 or done == total:
+        # A copy: the state itself is donated to the next step.
+        pending.append((done, phase, (values, jnp.copy(state.bad_step))))
+        flush(keep=1)
+      if done % run.config.checkpoint_every == 0 or done == total:
+        flush(keep=0)
+        if int(state.bad_step) < 0:
+          save(done, state)
+  flush(keep=0)
+  progress.close()
+  seconds = time.monotonic() - began - (run.compile.seconds - compiled_before)
+  rate = (done - start) * s.batch_size / seconds
+  return state, round(rate, 1) if done > start else None
 
 
-def _synthetic_agreement(
-  config, steps, compile_program, state, variables, key
-):
-  """Agreement on images of the final generator, from noise never trained on."""
+def _on_images(
+  config: ml_collections.ConfigDict,
+  teacher: Teacher,
+  student: Callable[[jax.Array], jax.Array] | None,
+  images: data.Images | None,
+) -> dict[str, Any]:
+  """The evaluation's part of results.json; student: pixels to logits."""
+  network = teacher.build(float_layers.layer_set())
 
-  def answers(state, variables, key):
-    x, _ = steps.generate(state.generator, key)
-    pixels = steps.preprocessing.to_pixels(x)
-    x = steps.preprocessing.normalize(pixels)
-    teacher = steps.teacher_logits(variables, x)
-    student = steps.student_logits(state.student, variables, x)
-    return jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
+  def teach(pixels):
+    x = teacher.preprocessing.normalize(pixels)
+    return network.apply(teacher.variables, x)
 
-  batches = -(-config.eval.synthetic_images // config.schedule.batch_size)
-  program = compile_program(answers, state, variables, key)
-  agree = [
-    program(state, variables, k) for k in jax.random.split(key, batches)
-  ]
-  agree = np.concatenate(jax.device_get(agree))
-  return {'agreement': evaluate_lib.percent(agree), 'n': len(agree)}
-
-
-# ------------------------------------------------------------------- evaluate
-
-
-def _eval_images(config, teacher) -> data.Images | None:
-  return data.load(
-    config.eval.source,
-    config.eval.path,
-    teacher.preprocessing.shape,
-    teacher.num_classes,
-  )
-
-
-def _on_images(config, steps, compile_program, state, variables, images):
-  batch = config.eval.batch_size
-  pixels = jnp.zeros((batch, *steps.generator.shape), jnp.uint8)
-  normalize = steps.preprocessing.normalize
-
-  def compiled(function, *args):
-    program = compile_program(
-      lambda x, *args: function(*args, normalize(x)), pixels, *args
-    )
-    return lambda x: program(jnp.asarray(x), *args)
-
-  networks = {'teacher': None, 'student': None}
-  if images is not None:
-    networks = {
-      'teacher': compiled(steps.teacher_logits, variables),
-      'student': compiled(steps.student_logits, state.student, variables),
-    }
-  return evaluate_lib.on_images(networks, images, batch)
+  networks = {'teacher': jax.jit(teach)}
+  if student is not None:
+    networks['student'] = jax.jit(student)
+  return evaluate_lib.on_images(networks, images, config.eval.batch_size)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -429,23 +311,16 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     InputError: no finished student in the workdir, or unfit images.
   """
   config_lib.validate(config)
-  teacher = load_teacher(config)
-  images = _eval_images(config, teacher)
+  teacher = experiment.load_teacher(config)
+  images = experiment.load_images(config, teacher)
   if images is None:
     raise InputError(
       "config.eval.source='none': nothing to evaluate on; expected "
       'fashion_mnist, or npz and config.eval.path=FILE'
     )
-  networks = {}
-  prep, network = teacher.preprocessing, None
-  from clusterq_jax.layers import float as float_layers
-
-  network = teacher.build(float_layers.layer_set())
-  networks['teacher'] = jax.jit(
-    lambda x: network.apply(teacher.variables, prep.normalize(jnp.asarray(x)))
-  )
+  student = None
   if config.eval.network == 'student':
-    networks['student'] = jax.jit(student_lib.load(workdir).logits)
-  folder = _open_workdir(config, workdir)
-  results = evaluate_lib.on_images(networks, images, config.eval.batch_size)
-  return _merge_results(folder, results)
+    student = student_lib.load(workdir).logits
+  folder = workdir_lib.open_workdir(config, workdir)
+  results = _on_images(config, teacher, student, images)
+  return workdir_lib.merge_results(folder, results)

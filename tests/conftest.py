@@ -1,9 +1,32 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests.
 
+Whole runs use a teacher so small that compiling is what takes time; all of them
+share one persistent compilation cache, and most assertions one finished run.
+"""
+
+import json
 import os
 import pathlib
+import runpy
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from clusterq_jax import checkpoint, experiment, sharding, train, weights
+from clusterq_jax import main as main_lib
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.models import registry
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -16,3 +39,208 @@ def data_dir() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip(f'no real data in {path}: set CLUSTERQ_TEST_DATA to its folder')
   return path
+
+
+# --- A tiny real setting -----------------------------------------------------
+
+_CONFIG = """
+from clusterq_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.defaults()
+  config.checkpoint_every = 2
+  config.teacher.arch = 'resnet8'
+  config.teacher.weights = {weights!r}
+  config.teacher.hint = 'run the fixture'
+  config.generator.latent_dim = 8
+  config.generator.channels = (8, 8, 8)
+  config.centroids.images_per_class = 16
+  config.schedule.batch_size = 8
+  config.schedule.warmup_steps = 2
+  config.schedule.generator_steps = 3
+  config.schedule.joint_steps = 2
+  config.schedule.student_steps = 3
+  config.schedule.pool_batches = 2
+  config.schedule.range_steps = 2
+  config.eval.batch_size = 8
+  config.report.log_every = 1
+  return config
+"""
+
+
+def _teacher_variables() -> dict[str, Any]:
+  """As if trained: stored statistics, gains and biases all off their start."""
+  network = registry.builder('resnet8', num_classes=4)(float_layers.layer_set())
+  shapes = jax.eval_shape(
+    network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+  )
+  random = np.random.RandomState(3)
+
+  def value(path, leaf):
+    name, shape = path[-1].key, leaf.shape
+    if name == 'kernel':
+      array = random.randn(*shape) * np.sqrt(2 / np.prod(shape[:-1]))
+    elif name in ('scale', 'var'):
+      array = random.uniform(0.5, 1.5, shape)
+    else:
+      array = 0.2 * random.randn(*shape)
+    return array.astype(np.float32)
+
+  variables = jax.tree_util.tree_map_with_path(value, shapes)
+  # Sure of itself, and of no class more often than of the others.
+  classifier = variables['params']['classifier']
+  classifier['kernel'] *= 4
+  classifier['bias'] = np.array([3.4, 3.7, 2.8, -6.9], np.float32)
+  return variables
+
+
+@pytest.fixture(scope='session')
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A ResNet-8 on 8x8 RGB images of 4 classes, in a weights file."""
+  path = tmp_path_factory.mktemp('teacher') / 'teacher.safetensors'
+  metadata = {
+    'format': weights.FORMAT,
+    'arch': 'resnet8',
+    'image_size': '[8, 8]',
+    'mean': '[0.5, 0.45, 0.4]',
+    'std': '[0.25, 0.22, 0.2]',
+    'pixel_range': '1.0',
+    'channel_order': 'rgb',
+    'class_names': json.dumps(['ant', 'bee', 'cat', 'dog']),
+  }
+  weights.write_safetensors(path, _teacher_variables(), metadata)
+  return path
+
+
+@pytest.fixture(scope='session')
+def tiny_config_file(tiny_teacher: pathlib.Path) -> pathlib.Path:
+  """A config file of ten steps that go through all four phases."""
+  path = tiny_teacher.parent / 'tiny.py'
+  path.write_text(_CONFIG.format(weights=str(tiny_teacher)))
+  return path
+
+
+@pytest.fixture
+def tiny_config(tiny_config_file: pathlib.Path) -> ml_collections.ConfigDict:
+  return runpy.run_path(str(tiny_config_file))['get_config']()
+
+
+# --- Running it --------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def compile_cache(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, str]]:
+  """Compiled programs, shared; yields what subprocesses need to find them."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  jax_cache.reset_cache()  # JAX looks at these options once
+  yield {name.upper(): str(value) for name, value in options.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  jax_cache.reset_cache()
+
+
+@pytest.fixture(scope='session')
+def spawn(compile_cache: dict[str, str]) -> Callable[..., subprocess.Popen]:
+  """Starts `python ARGUMENTS` in the repository with the shared cache."""
+
+  def start(*arguments: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+      [sys.executable, *arguments],
+      cwd=_REPOSITORY,
+      env={**os.environ, **compile_cache, **env},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture
+def command(
+  monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+  """Calls the command line in this process; returns (code, stdout, stderr)."""
+
+  def call(*arguments: str) -> tuple[int, str, str]:
+    argv = ['main', *map(str, arguments)]
+    # ml_collections finds overrides of config fields here, not in what it gets.
+    monkeypatch.setattr(sys, 'argv', argv)
+    capfd.readouterr()
+    with flagsaver.as_parsed():
+      flags.FLAGS.unparse_flags()
+      code = main_lib.main(argv)
+    return code, *capfd.readouterr()
+
+  return call
+
+
+@pytest.fixture(scope='session')
+def finished(
+  tmp_path_factory: pytest.TempPathFactory,
+  tiny_config_file: pathlib.Path,
+  compile_cache: dict[str, str],
+) -> types.SimpleNamespace:
+  """A whole run that nothing stopped. Tests must leave its files alone.
+
+  Attributes: config, workdir and results; teacher and steps as the run used
+  them; variables, the teacher's on the device; key, of the steps; compiled, the
+  functions that were compiled, in order; programs, their programs by name.
+  """
+  run = types.SimpleNamespace(compiled=[], programs={})
+  run.config = runpy.run_path(str(tiny_config_file))['get_config']()
+  run.workdir = tmp_path_factory.mktemp('finished') / 'run'
+
+  class Recorder(train.Compiler):
+    def __call__(self, function, *args, **kwargs):
+      program = super().__call__(function, *args, **kwargs)
+      run.compiled.append(function.__name__)
+      run.programs[function.__name__] = program
+      if function.__name__ == 'warmup_step':
+        _, run.variables, run.key = args
+      return program
+
+  def keep(name, function):
+    def wrapper(*args):
+      setattr(run, name, function(*args))
+      return getattr(run, name)
+
+    return wrapper
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'Compiler', Recorder)
+    for name, attribute in (
+      ('load_teacher', 'teacher'),
+      ('make_steps', 'steps'),
+    ):
+      original = getattr(experiment, name)
+      patch.setattr(experiment, name, keep(attribute, original))
+    run.results = train.quantize(run.config, str(run.workdir))
+  return run
+
+
+@pytest.fixture
+def state_at(finished: types.SimpleNamespace) -> Callable[..., Any]:
+  """Reads the state out of a checkpoint: state_at(step, folder)."""
+
+  def read(step: int, workdir: pathlib.Path = finished.workdir):
+    steps = finished.steps
+    replicated = sharding.replicated(steps.mesh)
+    abstract = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
+      jax.eval_shape(steps.init, jax.random.key(0), finished.variables),
+    )
+    manager = checkpoint.Checkpoints(str(workdir / 'checkpoints'))
+    return manager._checkpointer.load(step, abstract)
+
+  return read

@@ -2,16 +2,16 @@
 
 XLA's CPU backend runs the weight gradient of a 3x3 convolution as a convolution
 with an image-sized window: 5-30 GFLOP/s where the forward pass does 60-150.
-Here it is, on CPU only, one matrix product per kernel tap over row-shifted views
-of the zero-padded, flattened images (3-8 times faster, the same sums in another
-order). Other backends keep XLA's own.
+Here it is, on CPU only, one matrix product per kernel tap over row-shifted
+views of the zero-padded, flattened images (2-8 times faster, the same sums
+in another order). Other backends keep XLA's own.
 """
 
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 

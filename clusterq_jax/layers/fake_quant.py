@@ -9,9 +9,9 @@ bit widths in `quant/plan.py`.
 
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.layers import float as float_layers
@@ -74,7 +74,7 @@ class _Quantized(nn.Module):
 
 
 class QuantConv(_Quantized):
-  """Convolution with quantized weights, frozen BatchNorm, activation, quantizer.
+  """Quantized convolution, frozen BatchNorm, activation, output quantizer.
 
   Variables as `float.ConvBN`; quant `weights` [O] (learned steps only) and
   `output` [].

@@ -7,10 +7,11 @@ maps themselves need not stay alive.
 """
 
 import functools
+from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.statistics import Moments, sample_moments
@@ -122,7 +123,7 @@ def _pad_shortcut(x, features, strides):
 
 
 def ordered_moments(
-  collections: dict, graph: protocol.Graph
+  collections: Any, graph: protocol.Graph
 ) -> tuple[Moments, ...]:
   """The recorded moments in the network's forward order (Flax sorts keys)."""
   return tuple(

@@ -10,9 +10,9 @@ bit widths and quantizer places are decided (`quant/plan.py`).
 Left out: anything that no network here needs yet.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 from flax import linen as nn

@@ -1,7 +1,7 @@
 """Architectures by name."""
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 
 from flax import linen as nn
 

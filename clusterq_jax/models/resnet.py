@@ -5,8 +5,8 @@ BatchNorm. Defaults belong to the CIFAR weights that exist for it; the input
 statistics of a particular weights file are the file's, not the architecture's.
 """
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 
 from clusterq_jax.layers import protocol
 

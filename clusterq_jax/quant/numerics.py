@@ -14,8 +14,8 @@ al. 2020, arXiv 1902.08153).
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 BITS = range(2, 9)
 _TINY = 1e-8
@@ -40,9 +40,7 @@ def activation_range(bits: int, signed: bool) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def fake_quant(
-  x: jax.Array, step: jax.Array, low: int, high: int
-) -> jax.Array:
+def fake_quant(x: jax.Array, step: jax.Array, low: int, high: int) -> jax.Array:
   """Quantizes and dequantizes.
 
   Args:
@@ -99,7 +97,9 @@ def mse_step(
   widest = max_step(x, high, axes)
 
   def error(clip):
-    return jnp.mean(jnp.square(x - fake_quant(x, clip * widest, low, high)), axes)
+    return jnp.mean(
+      jnp.square(x - fake_quant(x, clip * widest, low, high)), axes
+    )
 
   clips = jnp.asarray(_CLIPS)
   return clips[jnp.argmin(lax.map(error, clips), 0)] * widest

@@ -1,14 +1,14 @@
 """Where quantizers go and how many bits they have: policy, apart from numerics.
 
 Two placements. `paper`: every tensor that feeds a convolution or the classifier
-is quantized, residual adds stay in float. `integer`: every layer output is, with
-the activation bits where it feeds a convolution, else 8, which is what an
+is quantized, residual adds stay in float. `integer`: every layer output is,
+with the activation bits where it feeds a convolution, else 8, which is what an
 integer runtime executes. In both, network input and classifier input have 8
 bits (the literature leaves these two in float), and logits stay as they are.
 """
 
-from collections.abc import Mapping
 import dataclasses
+from collections.abc import Mapping
 
 from clusterq_jax.layers.protocol import Graph, Node
 

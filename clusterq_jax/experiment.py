@@ -1,0 +1,120 @@
+"""From a config to the objects of a run; nothing below reads a config."""
+
+import functools
+
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from clusterq_jax import config as config_lib
+from clusterq_jax import data, sharding
+from clusterq_jax import generator as generator_lib
+from clusterq_jax import teacher as teacher_lib
+from clusterq_jax.errors import InputError
+from clusterq_jax.quant import plan as plan_lib
+from clusterq_jax.steps import LossWeights, Steps
+
+
+def load_teacher(config: ml_collections.ConfigDict) -> teacher_lib.Teacher:
+  """The teacher that `config.teacher` names."""
+  t = config.teacher.to_dict()
+  path = t.pop('weights')
+  return teacher_lib.load(path=path, **t)
+
+
+def bits_of(config: ml_collections.ConfigDict) -> plan_lib.Bits:
+  """Bit widths and placement; first and last layer as the rest by default."""
+  quant = config.quant
+  first, last = quant.first_weight_bits, quant.last_weight_bits
+  return plan_lib.Bits(
+    weights=quant.weight_bits,
+    activations=quant.activation_bits,
+    first=quant.weight_bits if first is None else first,
+    last=quant.weight_bits if last is None else last,
+    placement=quant.placement,
+  )
+
+
+def _learning_rate(base: float, schedule, start: int, end: int):
+  """Learning rate by step; cosine runs from `start` to `end`."""
+  if schedule.lr_decay == 'cosine':
+    cosine = optax.cosine_decay_schedule(base, max(end - start, 1))
+    return lambda step: cosine(jnp.maximum(step - start, 0))
+  factors = dict.fromkeys(schedule.lr_boundaries, schedule.lr_factor)
+  return optax.piecewise_constant_schedule(base, factors)
+
+
+def make_steps(
+  config: ml_collections.ConfigDict, teacher: teacher_lib.Teacher
+) -> Steps:
+  """The steps of the run that `config` describes."""
+  s, loss, student = config.schedule, config.loss, config.student
+  plan = plan_lib.make_plan(
+    teacher.graph, bits_of(config), config.quant.ranges == 'learned'
+  )
+  layers = len(teacher.graph.batch_norms)
+  first = config.centroids.first_layer
+  if first is None:
+    first = max(0, (layers + 1) // 2 - 2)
+  if not 0 <= first < layers:
+    raise InputError(
+      f'config.centroids.first_layer={first}: expected 0 to {layers - 1}'
+    )
+  if student.optimizer == 'adam':
+    optimizer = optax.scale_by_adam()
+  else:
+    optimizer = optax.chain(
+      optax.add_decayed_weights(student.weight_decay),
+      optax.trace(student.momentum, nesterov=True),
+    )
+  total = config_lib.total_steps(s)
+  generator_end = total - s.student_steps
+  student_start = generator_end - s.joint_steps
+  rate = functools.partial(_learning_rate, schedule=s)
+  return Steps(
+    build=teacher.build,
+    graph=teacher.graph,
+    plan=plan,
+    generator=generator_lib.Generator(
+      shape=teacher.preprocessing.shape,
+      num_classes=teacher.num_classes,
+      latent_dim=config.generator.latent_dim,
+      channels=tuple(config.generator.channels),
+    ),
+    preprocessing=teacher.preprocessing,
+    weights=LossWeights(
+      statistics=loss.statistics,
+      sfda=loss.sfda,
+      diversity=loss.diversity,
+      noise=tuple(loss.noise),
+      noise_relative=loss.noise_relative,
+      class_reduction=loss.class_reduction,
+      centroid_decay=config.centroids.decay,
+      student_cross_entropy=loss.student_cross_entropy,
+      distillation=loss.distillation,
+    ),
+    first_semantic_layer=first,
+    batch_size=s.batch_size,
+    pool_batches=s.pool_batches,
+    augment_probability=config.augment.probability,
+    augment_flip=config.augment.flip,
+    range_steps=student_start + s.range_steps,
+    generator_lr=rate(config.generator.lr, start=0, end=generator_end),
+    student_lr=rate(student.lr, start=student_start, end=total),
+    quant_lr=rate(student.quant_lr, start=student_start, end=total),
+    generator_optimizer=optax.scale_by_adam(*config.generator.betas),
+    student_optimizer=optimizer,
+    mesh=sharding.make_mesh(s.batch_size),
+  )
+
+
+def load_images(
+  config: ml_collections.ConfigDict, teacher: teacher_lib.Teacher
+) -> data.Images | None:
+  """The evaluation images that `config.eval` names; None for none."""
+  return data.load(
+    config.eval.source,
+    config.eval.path,
+    teacher.preprocessing.shape,
+    teacher.num_classes,
+  )

@@ -1,0 +1,167 @@
+"""Configurations: those that ship, and those that are refused."""
+
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from clusterq_jax import config as config_lib
+from clusterq_jax.errors import InputError
+
+_FILES = sorted(
+  path
+  for path in (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')
+  if path.name != '__init__.py'
+)
+
+
+def _load(path):
+  return runpy.run_path(str(path))['get_config']()
+
+
+def _set(config, field, value):
+  *sections, name = field.split('.')
+  for section in sections:
+    config = config[section]
+  with config.ignore_type():
+    config[name] = value
+
+
+def _stored(config):
+  return json.loads(config_lib.to_json(config))
+
+
+def test_there_are_configs():
+  assert {'cifar10_resnet20', 'cifar10_resnet20_fast'} <= {
+    path.stem for path in _FILES
+  }
+
+
+@pytest.mark.parametrize('path', _FILES, ids=lambda path: path.stem)
+def test_shipped_config(path):
+  first, second = _load(path), _load(path)
+  config_lib.validate(first)
+  assert config_lib.flatten(first) == config_lib.flatten(second)
+  assert not config_lib.differences(_stored(first), second)
+  # A document: what, paper and command before the first line of code.
+  words = path.read_text().split('"""')[1]
+  assert 'arXiv' in words
+  assert f'configs/{path.name}' in words
+  # Nothing is shared between two loads.
+  first.schedule.batch_size += 1
+  assert config_lib.flatten(first) != config_lib.flatten(second)
+
+
+def test_defaults_are_valid():
+  config_lib.validate(config_lib.defaults())
+
+
+def test_differences_name_field_and_both_values():
+  config = config_lib.defaults()
+  stored = _stored(config)
+  assert config_lib.differences(stored, config) == []
+  config.student.lr = 0.5
+  config.generator.channels = (1, 2, 3)
+  assert config_lib.differences(stored, config) == [
+    'generator.channels: [128, 128, 64] -> [1, 2, 3]',
+    'student.lr: 0.0001 -> 0.5',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('eval.source', 'npz'),
+    ('eval.path', 'x.npz'),
+    ('eval.network', 'teacher'),
+    ('eval.batch_size', 3),
+    ('report.log_every', 7),
+  ],
+)
+def test_differences_leave_out_what_may_differ(field, value):
+  config = config_lib.defaults()
+  stored = _stored(config)
+  _set(config, field, value)
+  config_lib.validate(config)
+  assert config_lib.differences(stored, config) == []
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'expected'),
+  [
+    ('teacher.arch', 'resnet21', 'resnet20'),
+    ('quant.placement', 'everywhere', 'paper, integer'),
+    ('quant.ranges', 'fixed', 'minmax, learned'),
+    ('student.optimizer', 'lamb', 'sgd, adam'),
+    ('loss.class_reduction', 'max', 'sum, mean'),
+    ('schedule.lr_decay', 'linear', 'step, cosine'),
+    ('eval.source', 'imagenet', 'none, fashion_mnist, npz'),
+    ('eval.network', 'both', 'student, teacher'),
+    ('quant.weight_bits', 1, '2 to 8'),
+    ('quant.activation_bits', 9, '2 to 8'),
+    ('quant.first_weight_bits', 1, '2 to 8'),
+    ('quant.last_weight_bits', 16, '2 to 8'),
+    ('schedule.batch_size', 1, 'at least 2'),
+    ('schedule.warmup_steps', -1, 'at least 0'),
+    ('eval.synthetic_images', 1999, 'at least 2000'),
+    ('report.log_every', 0, 'at least 1'),
+    ('checkpoint_every', 0, 'at least 1'),
+    ('student.lr', float('nan'), 'at least 0'),
+    ('student.lr', float('inf'), 'finite'),
+    ('student.lr', -0.1, 'at least 0'),
+    ('loss.sfda', float('nan'), 'finite'),
+    ('generator.channels', (8, 8), '3 numbers'),
+    ('loss.noise', (0.5,), '2 numbers'),
+    ('centroids.decay', 0.0, 'above 0'),
+    ('centroids.decay', 1.5, 'at most 1'),
+    ('schedule.joint_steps', 0, 'the student would never train'),
+    ('schedule.student_steps', 5, 'schedule.pool_batches=0'),
+  ],
+)
+def test_refused(field, value, expected):
+  config = config_lib.defaults()
+  _set(config, field, value)
+  with pytest.raises(InputError) as error:
+    config_lib.validate(config)
+  message = str(error.value)
+  assert f'config.{field}' in message or field == 'schedule.student_steps'
+  assert expected in message
+  assert '\n' not in message
+
+
+def test_every_choice_is_refused_above():
+  refused = {
+    mark.args[1][i][0]
+    for mark in test_refused.pytestmark
+    for i in range(len(mark.args[1]))
+  }
+  assert set(config_lib._CHOICES) <= refused
+
+
+@pytest.mark.parametrize('field', ['nonsense', 'student.nonsense'])
+def test_unknown_field_is_refused(field):
+  config = config_lib.defaults().unlock()
+  _set(config, field, 1)
+  with pytest.raises(InputError, match=rf'config\.{field}: unknown field'):
+    config_lib.validate(config)
+
+
+def test_missing_field_is_refused():
+  config = config_lib.defaults().unlock()
+  del config.student.lr
+  with pytest.raises(InputError, match=r'config\.student\.lr: missing field'):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize('pool', [0, 6])
+def test_pool_must_be_filled_before_it_is_used(pool):
+  config = config_lib.defaults()
+  config.schedule.generator_steps = 3
+  config.schedule.joint_steps = 2
+  config.schedule.student_steps = 1
+  config.schedule.pool_batches = 5
+  config_lib.validate(config)
+  config.schedule.pool_batches = pool
+  with pytest.raises(InputError, match=f'pool_batches={pool}.*= 5'):
+    config_lib.validate(config)

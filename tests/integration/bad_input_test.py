@@ -1,0 +1,266 @@
+"""Bad input: one clear line, exit code 2, nothing lost."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from clusterq_jax import weights
+
+
+def _refused(outcome, *expected):
+  """One line on stderr that names what is wrong, and nothing else."""
+  code, out, error = outcome
+  assert code == 2, (out, error)
+  assert error.startswith('error: '), error
+  assert error.count('\n') == 1, error
+  assert 'Traceback' not in out + error
+  for part in expected:
+    assert str(part) in error
+  return error
+
+
+@pytest.fixture
+def run(command, tiny_config_file, tmp_path):
+  """Runs the tiny config with more flags in a workdir of its own."""
+
+  def call(*flags):
+    return command(
+      f'--config={tiny_config_file}', f'--workdir={tmp_path / "run"}', *flags
+    )
+
+  return call
+
+
+# --- Flags and config --------------------------------------------------------
+
+
+def test_missing_workdir(command, tiny_config_file):
+  _refused(command(f'--config={tiny_config_file}'), '--workdir')
+
+
+def test_missing_config(command, tmp_path):
+  _refused(command(f'--workdir={tmp_path}'), '--config')
+
+
+def test_missing_config_file(command, tmp_path):
+  missing = tmp_path / 'no.py'
+  _refused(command(f'--config={missing}', f'--workdir={tmp_path}'), missing)
+
+
+def test_config_file_that_raises(command, tmp_path):
+  file = tmp_path / 'bad.py'
+  file.write_text("def get_config():\n  raise RuntimeError('two\\nlines')\n")
+  _refused(command(f'--config={file}', f'--workdir={tmp_path / "run"}'), 'two')
+
+
+def test_stray_argument(run):
+  _refused(run('config.seed=1'), "'config.seed=1'")
+
+
+def test_unknown_mode(run):
+  _refused(run('--mode=train'), 'mode', 'train')
+
+
+@pytest.mark.parametrize(
+  ('flag', 'expected'),
+  [
+    ('nonsense=1', ['nonsense']),
+    ('student.nonsense=1', ['nonsense']),
+    ('quant.weight_bits=1', ['quant.weight_bits=1', '2 to 8']),
+    ('quant.activation_bits=9', ['quant.activation_bits=9', '2 to 8']),
+    ('quant.placement=nowhere', ['nowhere', 'paper, integer']),
+    ('teacher.arch=resnet9', ['resnet9', 'resnet20']),
+    ('student.lr=fast', ['fast']),
+    ('centroids.first_layer=7', ['first_layer=7', '0 to 6']),
+    ('teacher.num_classes=10', ['4 classes', 'num_classes=10']),
+  ],
+)
+def test_bad_field(run, tmp_path, flag, expected):
+  _refused(run(f'--config.{flag}'), *expected)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_unknown_field_of_a_file(command, tiny_config_file, tmp_path):
+  file = tmp_path / 'extra.py'
+  file.write_text(
+    tiny_config_file.read_text().replace(
+      '  return config', '  config.unlock().extra = 1\n  return config'
+    )
+  )
+  outcome = command(f'--config={file}', f'--workdir={tmp_path / "run"}')
+  _refused(outcome, 'config.extra: unknown field')
+
+
+def test_missing_weights(run, tmp_path):
+  missing = tmp_path / 'no.safetensors'
+  outcome = run(f'--config.teacher.weights={missing}')
+  _refused(outcome, missing, 'run the fixture')
+  outcome = run(f'--config.teacher.weights={missing}', '--config.teacher.hint=')
+  _refused(outcome, missing)
+
+
+def test_truncated_weights(run, tiny_teacher, tmp_path):
+  file = tmp_path / 'cut.safetensors'
+  file.write_bytes(tiny_teacher.read_bytes()[:5000])
+  _refused(run(f'--config.teacher.weights={file}'), file, 'truncated')
+
+
+def test_weights_of_another_depth(run):
+  _refused(run('--config.teacher.arch=resnet20'), 'resnet8', 'resnet20')
+
+
+def test_batch_that_does_not_divide(spawn, tiny_config_file, tmp_path):
+  process = spawn(
+    '-m',
+    'clusterq_jax.main',
+    f'--config={tiny_config_file}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.schedule.batch_size=12',
+    JAX_PLATFORMS='cpu',
+    XLA_FLAGS='--xla_force_host_platform_device_count=8',
+  )
+  out, error = process.communicate(timeout=120)
+  _refused(
+    (process.returncode, out, error), 'batch_size=12', '8 devices', 'multiple'
+  )
+  assert not (tmp_path / 'run').exists()
+
+
+# --- Workdir -----------------------------------------------------------------
+
+
+def test_unwritable_workdir(command, tiny_config_file, tmp_path):
+  file = tmp_path / 'file'  # permissions do not stop root; this does
+  file.write_text('precious')
+  outcome = command(f'--config={tiny_config_file}', f'--workdir={file}/run')
+  _refused(outcome, f'{file}/run', 'cannot be written')
+  outcome = command(f'--config={tiny_config_file}', f'--workdir={file}')
+  _refused(outcome, file, 'cannot be written')
+  assert file.read_text() == 'precious'
+
+
+def test_damaged_stored_config(run, tmp_path):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text('{')
+  _refused(run(), 'config.json', 'not a config')
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder in a file system with room for one checkpoint and a half."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=1100k', 'tmpfs', str(folder)]
+  try:
+    subprocess.run(mount, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError) as e:
+    pytest.skip(f'a full disk cannot be made here: mounting a tmpfs: {e}')
+  yield folder
+  subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def test_full_disk(finished, command, tiny_config_file, small_disk, state_at):
+  workdir = small_disk / 'run'
+  code, out, error = command(
+    f'--config={tiny_config_file}', f'--workdir={workdir}'
+  )
+  lines = [line for line in error.splitlines() if line.startswith('error: ')]
+  assert code == 2
+  assert len(lines) == 1
+  assert 'cannot be written' in lines[0]
+  assert os.strerror(28) in lines[0]
+  assert 'Traceback' not in out + error
+  # What was whole before is whole still.
+  failed = int(re.search(r'checkpoint (\d+) cannot', lines[0])[1])
+  assert failed > 0
+  assert state_at(failed - 2, workdir).step == failed - 2
+
+
+@pytest.mark.skipif(
+  not pathlib.Path('/dev/full').exists(), reason='there is no /dev/full'
+)
+@pytest.mark.parametrize('name', ['config', 'results'])
+def test_full_disk_for_small_files(finished, run, tmp_path, name):
+  workdir = shutil.copytree(finished.workdir, tmp_path / 'run')
+  before = (workdir / f'{name}.json').read_bytes()
+  (workdir / f'{name}.tmp').symlink_to('/dev/full')
+  _images(tmp_path / 'a.npz')
+  outcome = run(
+    '--mode=evaluate',
+    '--config.eval.source=npz',
+    f'--config.eval.path={tmp_path / "a.npz"}',
+    '--config.eval.network=teacher',
+  )
+  _refused(outcome, os.strerror(28))
+  assert (workdir / f'{name}.json').read_bytes() == before
+
+
+# --- Evaluation images -------------------------------------------------------
+
+
+def _images(path, shape=(4, 8, 8, 3), dtype=np.uint8, labels=(0, 1, 2, 3)):
+  np.savez(path, images=np.zeros(shape, dtype), labels=np.array(labels))
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'expected'),
+  [
+    ({'shape': (4, 9, 8, 3)}, ['[9, 8, 3]', '[8, 8, 3]']),
+    ({'shape': (4, 8, 8, 1)}, ['[8, 8, 1]', '[8, 8, 3]']),
+    ({'dtype': np.float32}, ['float32', 'uint8']),
+    ({'labels': (0, 1, 2, 4)}, ['0 to 4', '4 classes']),
+    ({'labels': (-1, 1, 2, 3)}, ['-1 to 3']),
+    ({'labels': (0.0, 1.0, 2.0, 3.0)}, ['float64', 'int']),
+    ({'labels': (0, 1)}, ['4 images and 2 labels']),
+  ],
+)
+@pytest.mark.parametrize('mode', ['quantize', 'evaluate'])
+def test_evaluation_images(run, tmp_path, arrays, expected, mode):
+  file = tmp_path / 'images.npz'
+  _images(file, **arrays)
+  outcome = run(
+    f'--mode={mode}',
+    '--config.eval.source=npz',
+    f'--config.eval.path={file}',
+  )
+  _refused(outcome, file, *expected)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_missing_evaluation_images(run, tmp_path):
+  file = tmp_path / 'no.npz'
+  outcome = run('--config.eval.source=npz', f'--config.eval.path={file}')
+  _refused(outcome, file)
+
+
+# --- NaN ---------------------------------------------------------------------
+
+
+def test_loss_that_is_no_longer_finite(finished, run, tmp_path, state_at):
+  code, out, error = run('--config.generator.lr=1e30')
+  lines = [line for line in error.splitlines() if line.startswith('error: ')]
+  assert code == 2
+  assert len(lines) == 1
+  assert 'Traceback' not in out + error
+  assert 'no longer finite since step 2;' in lines[0]
+  workdir = tmp_path / 'run'
+  assert str(workdir / 'checkpoints') in lines[0]
+  names = {path.name for path in (workdir / 'checkpoints').iterdir()}
+  assert names == {'0'}
+  assert state_at(0, workdir).bad_step == -1
+  assert not (workdir / 'student.safetensors').exists()
+  # Every line before it is finite, and stays.
+  assert (workdir / 'metrics.jsonl').read_text().count('\n') == 1
+
+
+def test_nan_in_weights(run, tiny_teacher, tmp_path):
+  tensors, metadata = weights.read_tensors(tiny_teacher)
+  tensors['params/stem/scale'][3] = np.nan
+  file = tmp_path / 'nan.safetensors'
+  weights.write_safetensors(file, weights.unflatten(tensors), metadata)
+  _refused(run(f'--config.teacher.weights={file}'), file, 'stem/scale', 'NaN')

@@ -1,0 +1,268 @@
+"""A whole run: what it leaves behind, and what evaluation makes of it."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import clusterq_jax
+from clusterq_jax import data, train, weights
+from clusterq_jax.errors import InputError
+from clusterq_jax.evaluate import on_images
+from clusterq_jax.layers import float as float_layers
+
+_STEPS = 10
+
+
+def _results(workdir):
+  return json.loads((workdir / 'results.json').read_text())
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  """A copy of the finished run."""
+  return shutil.copytree(finished.workdir, tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def answers(finished):
+  """Images, and what teacher and student say they show."""
+  images = np.random.RandomState(1).randint(0, 256, (45, 8, 8, 3), np.uint8)
+  # Flat images too: noise alone looks the same to a network.
+  images[20:] = (
+    images[20:] // 8
+    + 28 * np.arange(25, dtype=np.uint8).reshape(-1, 1, 1, 1) // 3
+  )
+  student = clusterq_jax.load_student(finished.workdir)
+  network = finished.teacher.build(float_layers.layer_set())
+  prep = finished.teacher.preprocessing
+  teacher = network.apply(finished.teacher.variables, prep.normalize(images))
+  return (
+    images,
+    np.array(teacher).argmax(-1),
+    np.array(jax.jit(student.logits)(images)).argmax(-1),
+  )
+
+
+# --- What a run leaves -------------------------------------------------------
+
+
+def test_results(finished):
+  results = _results(finished.workdir)
+  assert results == finished.results
+  assert set(results) == set(
+    'teacher student synthetic bits size steps seed wall_s compile_s '
+    'images_per_s peak_rss_mb devices'.split()
+  )
+  assert results['teacher'] == {'top1': None}
+  assert results['student'] == {'top1': None, 'n': 0, 'agreement': None}
+  assert set(results['synthetic']) == {'agreement', 'n'}
+  assert results['synthetic']['n'] == 2048
+  assert 25 < results['synthetic']['agreement'] <= 100
+  assert results['bits'] == {
+    'weights': 4,
+    'activations': 4,
+    'first': 4,
+    'last': 4,
+    'placement': 'paper',
+    'input': 8,
+    'classifier_input': 8,
+  }
+  assert results['steps'] == _STEPS
+  assert results['seed'] == 0
+  assert results['devices'] == [d.device_kind for d in jax.devices()]
+  assert 0 < results['compile_s'] < results['wall_s']
+  assert results['images_per_s'] > 0
+  assert 50 < results['peak_rss_mb'] < 50_000
+
+
+def test_sizes(finished):
+  leaves = jax.tree_util.tree_leaves_with_path(
+    finished.teacher.variables['params']
+  )
+  kernels = sum(a.size for p, a in leaves if p[-1].key == 'kernel')
+  others = sum(a.size for p, a in leaves if p[-1].key != 'kernel')
+  assert finished.results['size'] == {
+    'teacher_bytes': 4 * (kernels + others),
+    'student_bytes': kernels // 2 + 4 * others,
+  }
+
+
+def test_files(finished):
+  assert {path.name for path in finished.workdir.iterdir()} == {
+    'student.safetensors',
+    'results.json',
+    'samples.png',
+    'metrics.jsonl',
+    'config.json',
+    'checkpoints',
+  }
+  kept = {path.name for path in (finished.workdir / 'checkpoints').iterdir()}
+  assert kept == {'8', '10'}
+  stored = json.loads((finished.workdir / 'config.json').read_text())
+  assert stored == json.loads(json.dumps(finished.config.to_dict()))
+
+
+def test_metrics(finished):
+  text = (finished.workdir / 'metrics.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert [line['step'] for line in lines] == list(range(1, _STEPS + 1))
+  assert all(math.isfinite(v) for line in lines for v in line.values())
+  for line in lines:
+    phase = line['step'] - 1
+    assert ('generator/loss' in line) == (phase < 7)
+    assert ('generator/sfda' in line) == (2 <= phase < 7)
+    assert ('student/loss' in line) == (phase >= 5)
+  losses = [line.get('student/loss') for line in lines[7:]]
+  assert len(set(losses)) == 3
+
+
+def test_samples_are_the_generators_images(finished, state_at):
+  picture = Image.open(finished.workdir / 'samples.png')
+  picture.load()
+  assert picture.mode == 'RGB'
+  # The stream of random numbers that samples are drawn from.
+  key = jax.random.fold_in(jax.random.key(0), train._SAMPLES)
+  key = jax.device_put(key, finished.key.sharding)
+  x, labels = jax.jit(finished.steps.generate)(state_at(10).generator, key)
+  pixels = np.asarray(finished.teacher.preprocessing.to_pixels(x))
+  classes = np.unique(labels)
+  assert picture.size == (2 * 10 * 9, 2 * len(classes) * 9)
+  grid = np.asarray(picture)[::2, ::2].astype(int)
+  for row, label in enumerate(classes):
+    images = pixels[np.asarray(labels) == label]
+    for column, image in enumerate(images):
+      cell = grid[9 * row : 9 * row + 9, 9 * column : 9 * column + 9]
+      np.testing.assert_array_equal(cell[:8, :8], image)
+      assert (cell[8] == 255).all()
+      assert (cell[:, 8] == 255).all()
+    assert (grid[9 * row : 9 * row + 9, 9 * len(images) :] == 255).all()
+
+
+def test_teacher_is_unchanged(finished, tiny_teacher):
+  tensors, _ = weights.read_tensors(tiny_teacher)
+  given = weights.unflatten(tensors)
+  for held in (finished.teacher.variables, finished.variables):
+    jax.tree.map(np.testing.assert_array_equal, dict(held), given)
+  student, _ = weights.read_tensors(finished.workdir / 'student.safetensors')
+  moved = [k for k in tensors if not np.array_equal(student[k], tensors[k])]
+  assert moved == [k for k in tensors if k.startswith('params/')]
+
+
+# --- The student on its own --------------------------------------------------
+
+
+def test_loaded_student(finished, state_at):
+  student = clusterq_jax.load_student(str(finished.workdir))
+  assert student.class_names == ('ant', 'bee', 'cat', 'dog')
+  assert student.preprocessing == finished.teacher.preprocessing
+  assert (student.bits.weights, student.bits.placement) == (4, 'paper')
+  state = state_at(10)
+  for part in ('params', 'quant'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      student.variables[part],
+      dict(state.student[part]),
+    )
+  file = clusterq_jax.load_student(finished.workdir / 'student.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, file.variables, student.variables)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'named'),
+  [
+    ((2, 8, 8, 3), np.float32, 'float32'),
+    ((2, 8, 8, 1), np.uint8, r'\[2, 8, 8, 1\]'),
+    ((2, 9, 8, 3), np.uint8, r'\[2, 9, 8, 3\]'),
+    ((8, 8, 3), np.uint8, r'\[8, 8, 3\]'),
+  ],
+)
+def test_student_refuses_other_images(finished, shape, dtype, named):
+  student = clusterq_jax.load_student(finished.workdir)
+  with pytest.raises(ValueError, match=rf'{named}.*uint8 \[B, 8, 8, 3\]'):
+    student.logits(np.zeros(shape, dtype))
+
+
+def test_no_student(tmp_path, finished):
+  with pytest.raises(InputError, match='no finished student'):
+    clusterq_jax.load_student(tmp_path)
+  with pytest.raises(InputError, match='teacher 1'):
+    clusterq_jax.load_student(finished.config.teacher.weights)
+
+
+# --- Evaluation --------------------------------------------------------------
+
+
+def _npz(path, images, labels):
+  np.savez(path, images=images, labels=labels)
+  return str(path)
+
+
+def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
+  images, teacher, student = answers
+  labels = student.copy()
+  labels[:9] = (labels[:9] + 1) % 4  # 9 of 45: the student is right in 80 %
+  evaluation = tiny_config.eval
+  evaluation.source = 'npz'
+  evaluation.path = _npz(tmp_path / 'a.npz', images, labels)
+  results = clusterq_jax.evaluate(tiny_config, str(workdir))
+  assert results == _results(workdir)
+  assert results['student'] == {
+    'top1': 80.0,
+    'n': 45,
+    'agreement': round(100 * np.mean(teacher == student), 4),
+  }
+  assert results['teacher'] == {
+    'top1': round(100 * np.mean(teacher == labels), 4)
+  }
+  before = finished.results
+  for key in before.keys() | results.keys():
+    assert key in ('student', 'teacher') or results[key] == before[key], key
+
+  # The teacher alone: nothing of the student's changes.
+  labels = teacher.copy()
+  labels[:18] = (labels[:18] + 1) % 4
+  evaluation.path = _npz(tmp_path / 'b.npz', images, labels)
+  evaluation.network = 'teacher'
+  again = clusterq_jax.evaluate(tiny_config, str(workdir))
+  assert again.pop('teacher') == {'top1': 60.0}
+  del results['teacher']
+  assert again == results
+  for name in ('student.safetensors', 'metrics.jsonl', 'samples.png'):
+    assert (workdir / name).read_bytes() == (
+      finished.workdir / name
+    ).read_bytes()
+
+
+def test_evaluate_sees_through_the_padding(answers):
+  """45 images in batches of 8: the last batch is padded, and not counted."""
+  images, _, student = answers
+
+  def logits(batch):
+    assert batch.shape == (8, 8, 8, 3)
+    return np.eye(4)[np.asarray(batch).reshape(8, -1).sum(1) % 4]
+
+  found = on_images(
+    {'teacher': logits},
+    data.Images(images, images.reshape(45, -1).sum(1) % 4),
+    8,
+  )
+  assert found == {'teacher': {'top1': 100.0}}
+
+
+def test_evaluate_needs_images(workdir, tiny_config):
+  with pytest.raises(InputError, match="config.eval.source='none'"):
+    clusterq_jax.evaluate(tiny_config, str(workdir))
+
+
+def test_evaluate_needs_a_student(answers, tiny_config, tmp_path):
+  images, teacher, _ = answers
+  tiny_config.eval.source = 'npz'
+  tiny_config.eval.path = _npz(tmp_path / 'a.npz', images, teacher)
+  with pytest.raises(InputError, match='no finished student'):
+    clusterq_jax.evaluate(tiny_config, str(tmp_path / 'nowhere'))
+  assert not (tmp_path / 'nowhere').exists()
