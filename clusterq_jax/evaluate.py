@@ -52,10 +52,9 @@ def on_images(
     {'teacher': {'top1'}, 'student': {'top1', 'n', 'agreement'}}, as far as the
     networks are given.
   """
-  n = 0 if images is None else len(images.labels)
   results: dict[str, Any] = {name: {'top1': None} for name in networks}
   if 'student' in results:
-    results['student'] |= {'n': n, 'agreement': None}
+    results['student'] |= {'n': None, 'agreement': None}
   if images is None:
     return results
   answers = {
@@ -65,6 +64,7 @@ def on_images(
   for name, answer in answers.items():
     results[name]['top1'] = percent(answer == images.labels)
   if len(answers) == 2:
+    results['student']['n'] = len(images.labels)
     results['student']['agreement'] = percent(
       answers['student'] == answers['teacher']
     )

@@ -6,8 +6,8 @@
 
 import sys
 
-from absl import flags
 import ml_collections
+from absl import flags
 from ml_collections import config_flags
 
 from clusterq_jax import report, train
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
   try:
     rest = flags.FLAGS(argv)[1:]
-    _ = _CONFIG.value  # a file that cannot be read raises here
+    # A config file that could not be read raises once it is looked at.
+    getattr(_CONFIG.value, 'to_dict', None)
   except OSError as e:
     reason = str(e).strip().splitlines()[-1].strip()
     raise InputError(f'--config: {reason}') from e

@@ -5,28 +5,26 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-_COLUMNS = 10
-_ROWS = 10
+ROWS = 10
+COLUMNS = 10
 _ZOOM = 2
 
 
-def save(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-  """Draws a grid, one class a row, the first ten classes.
+def save(path: pathlib.Path, images: np.ndarray) -> None:
+  """Draws a grid of images, row by row.
 
   Args:
     path: of the PNG.
-    images: uint8 [N, H, W, C], C 1 or 3.
-    labels: int [N].
+    images: uint8 [rows, columns, H, W, C], C 1 or 3.
   """
-  height, width = images.shape[1:3]
-  classes = np.unique(labels)[:_ROWS]
+  rows, columns, height, width = images.shape[:4]
   grid = np.full(
-    (len(classes) * (height + 1), _COLUMNS * (width + 1), 3), 255, np.uint8
+    (rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8
   )
-  for row, label in enumerate(classes):
-    for column, image in enumerate(images[labels == label][:_COLUMNS]):
+  for row in range(rows):
+    for column in range(columns):
       top, left = row * (height + 1), column * (width + 1)
-      grid[top : top + height, left : left + width] = image
+      grid[top : top + height, left : left + width] = images[row, column]
   picture = Image.fromarray(grid)
   size = (picture.width * _ZOOM, picture.height * _ZOOM)
   temporary = path.with_suffix('.tmp')

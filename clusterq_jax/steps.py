@@ -123,14 +123,21 @@ class Steps:
     variables = {**student, 'batch_stats': teacher['batch_stats']}
     return network.apply(variables, x)
 
-  def generate(self, params: Any, key: jax.Array):
-    """A batch of images, and the labels they were asked to show."""
+  def generate(
+    self, params: Any, key: jax.Array, labels: jax.Array | None = None
+  ):
+    """Images [B, H, W, C], and the labels they were asked to show, int [B].
+
+    Labels are drawn, a whole batch of them, unless given.
+    """
     z_key, label_key = jax.random.split(key)
-    z = jax.random.normal(z_key, (self.batch_size, self.generator.latent_dim))
-    labels = jax.random.randint(
-      label_key, (self.batch_size,), 0, self.num_classes
-    )
-    z, labels = sharding.split_batch(self.mesh, (z, labels))
+    if labels is None:
+      labels = jax.random.randint(
+        label_key, (self.batch_size,), 0, self.num_classes
+      )
+    z = jax.random.normal(z_key, (len(labels), self.generator.latent_dim))
+    if len(labels) % self.mesh.size == 0:
+      z, labels = sharding.split_batch(self.mesh, (z, labels))
     return self.generator.apply({'params': params}, z, labels), labels
 
   def _augment(self, key: jax.Array, x: jax.Array) -> jax.Array:
@@ -315,8 +322,14 @@ class Steps:
     )
 
   def _finish(self, state: TrainState, metrics: Metrics):
-    loss = sum(v for k, v in metrics.items() if k.endswith('/loss'))
-    bad = (state.bad_step < 0) & ~jnp.isfinite(loss)
+    # Parameters too: a diverged update shows in the loss only a step later,
+    # and a checkpoint could lie between.
+    terms = [v for k, v in metrics.items() if k.endswith('/loss')]
+    norms = [
+      optax.global_norm(state.generator),
+      optax.global_norm(state.student),
+    ]
+    bad = (state.bad_step < 0) & ~jnp.isfinite(sum(terms + norms))
     return (
       state.replace(
         step=state.step + 1,

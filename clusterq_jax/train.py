@@ -105,11 +105,14 @@ class _Run:
     return {'agreement': evaluate_lib.percent(right), 'n': len(right)}
 
   def save_samples(self, state: TrainState, path: pathlib.Path) -> None:
-    x, labels = jax.jit(self.steps.generate)(
-      state.generator, self.keys[_SAMPLES]
+    classes = min(self.steps.num_classes, samples.ROWS)
+    labels = jnp.repeat(jnp.arange(classes), samples.COLUMNS)
+    x, _ = jax.jit(self.steps.generate)(
+      state.generator, self.keys[_SAMPLES], labels
     )
-    pixels = self.teacher.preprocessing.to_pixels(x)
-    samples.save(path, np.asarray(pixels), np.asarray(labels))
+    pixels = np.asarray(self.teacher.preprocessing.to_pixels(x))
+    shape = (classes, samples.COLUMNS, *pixels.shape[1:])
+    samples.save(path, pixels.reshape(shape))
 
   def save_student(self, state: TrainState, path: pathlib.Path) -> None:
     student_lib.save(
@@ -247,7 +250,7 @@ def _train(
         raise InputError(
           f'the loss is no longer finite since step {bad + 1}; the last good '
           f'checkpoint is kept in {folder / "checkpoints"}. Try a lower '
-          'config.generator.lr or config.student.lr'
+          'config.generator.lr or config.student.lr, in another workdir'
         )
       log.write(step, values)
       progress.update(step, phase, values)

@@ -41,6 +41,8 @@ def open_workdir(
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
   """Adds to results.json, or replaces, the keys of `new`, one level deep.
 
+  A figure that is there is not replaced by None, which says not measured.
+
   Returns:
     All that results.json then holds.
   """
@@ -49,7 +51,9 @@ def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
   for key, value in new.items():
     old = results.get(key)
     if isinstance(old, dict) and isinstance(value, dict):
-      value = {**old, **value}
-    results[key] = value
+      measured = {k: v for k, v in value.items() if v is not None}
+      value = {**value, **old, **measured}
+    if value is not None or key not in results:
+      results[key] = value
   metrics.write_json(file, results)
   return results
