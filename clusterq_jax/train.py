@@ -14,9 +14,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from clusterq_jax import checkpoint, data, experiment, samples, sharding
+from clusterq_jax import (
+  checkpoint,
+  data,
+  evaluation,
+  experiment,
+  samples,
+  sharding,
+)
 from clusterq_jax import config as config_lib
-from clusterq_jax import evaluate as evaluate_lib
 from clusterq_jax import metrics as metrics_lib
 from clusterq_jax import student as student_lib
 from clusterq_jax import workdir as workdir_lib
@@ -102,7 +108,7 @@ class _Run:
       program(state, self.variables, k) for k in jax.random.split(key, batches)
     ]
     right = np.concatenate(jax.device_get(agree))
-    return {'agreement': evaluate_lib.percent(right), 'n': len(right)}
+    return {'agreement': evaluation.percent(right), 'n': len(right)}
 
   def save_samples(self, state: TrainState, path: pathlib.Path) -> None:
     classes = min(self.steps.num_classes, samples.ROWS)
@@ -301,7 +307,7 @@ def _on_images(
   networks = {'teacher': jax.jit(teach)}
   if student is not None:
     networks['student'] = jax.jit(student)
-  return evaluate_lib.on_images(networks, images, config.eval.batch_size)
+  return evaluation.on_images(networks, images, config.eval.batch_size)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:

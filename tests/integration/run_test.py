@@ -12,7 +12,7 @@ from PIL import Image
 import clusterq_jax
 from clusterq_jax import data, train, weights
 from clusterq_jax.errors import InputError
-from clusterq_jax.evaluate import on_images
+from clusterq_jax.evaluation import on_images
 from clusterq_jax.layers import float as float_layers
 
 _STEPS = 10
