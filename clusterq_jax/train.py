@@ -4,6 +4,7 @@ No formulas here: they are in `steps.py` and what it calls.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -300,11 +301,13 @@ def _on_images(
   """The evaluation's part of results.json; student: pixels to logits."""
   network = teacher.build(float_layers.layer_set())
 
-  def teach(pixels):
-    x = teacher.preprocessing.normalize(pixels)
-    return network.apply(teacher.variables, x)
+  @jax.jit
+  def logits(variables, pixels):
+    return network.apply(variables, teacher.preprocessing.normalize(pixels))
 
-  networks = {'teacher': jax.jit(teach)}
+  networks: dict[str, evaluation.Predict] = {
+    'teacher': functools.partial(logits, teacher.variables)
+  }
   if student is not None:
     networks['student'] = jax.jit(student)
   return evaluation.on_images(networks, images, config.eval.batch_size)

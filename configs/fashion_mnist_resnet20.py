@@ -16,9 +16,9 @@ from clusterq_jax import config as config_lib
 def get_config():
   """The short recipe, shortened further, on the embedded files."""
   config = config_lib.fast()
-  config.schedule.warmup_steps = 100
-  config.schedule.generator_steps = 60
-  config.schedule.student_steps = 90
-  config.schedule.pool_batches = 60
+  config.schedule.warmup_steps = 160
+  config.schedule.generator_steps = 80
+  config.schedule.student_steps = 160
+  config.schedule.pool_batches = 80
   config.eval.source = 'fashion_mnist'
   return config

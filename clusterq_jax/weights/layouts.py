@@ -1,9 +1,9 @@
 """How each source names and orders a network's tensors, and the strict check.
 
-One table per source: from our layer names to the source's prefixes. What an
-architecture must hold follows from its name and from three facts read in the
-file (input channels, classes, kind of shortcut); whatever is missing, left over
-or of another shape is reported in one line.
+One table per source: from our layer names to the source's prefixes. What a file
+must hold is read off the architecture's own definition, given three facts found
+in the file (input channels, classes, kind of shortcut); whatever is missing,
+left over or of another shape is reported in one line.
 
 Sources: github.com/akamaster/pytorch_resnet_cifar10, github.com/osmr/imgclsmob
 (`pytorchcv`), and this package's own safetensors files.
@@ -16,19 +16,23 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
+import jax
 import numpy as np
 
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import protocol
+from clusterq_jax.models import registry
 from clusterq_jax.weights import files
 
 FORMAT = 'clusterq-jax teacher 1'
-RESNETS = {f'resnet{6 * n + 2}': n for n in (1, 3, 5, 7, 9, 18)}
 
 _STEM = 'stem'
 _CONV1 = 'stage{s}_block{b}_conv1'
 _CONV2 = 'stage{s}_block{b}_conv2'
-_SHORTCUT = 'stage{s}_block1_shortcut'
+_SHORTCUT = 'stage{s}_block{b}_shortcut'
 _CLASSIFIER = 'classifier'
+_TEMPLATES = {'conv1': _CONV1, 'conv2': _CONV2, 'shortcut': _SHORTCUT}
 
 _COLLECTIONS = {
   'kernel': 'params',
@@ -181,7 +185,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
 
   Args:
     path: a file that `files.read_tensors` takes.
-    arch: 'resnet20', 'resnet32', 'resnet44', 'resnet56' or 'resnet110'.
+    arch: a name from `models.registry`.
 
   Raises:
     InputError: an unknown architecture, an unreadable file, entries missing,
@@ -189,9 +193,9 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
       variance.
   """
   path = os.fspath(path)
-  if arch not in RESNETS:
+  if arch not in registry.names():
     raise InputError(
-      f'no weights for arch {arch!r}, expected {", ".join(RESNETS)}'
+      f'no weights for arch {arch!r}, expected {", ".join(registry.names())}'
     )
   tensors, metadata = files.read_tensors(path)
   if not any(re.search(r'(\.running_|/)mean$', key) for key in tensors):
@@ -209,7 +213,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
   if not layout.torch_order:
     _check_metadata(path, metadata, arch)
   options = _options(layout, tensors)
-  layers = _resnet_layers(RESNETS[arch], **options)
+  layers = _layers(arch, **options)
   _check(path, arch, layout, layers, options, tensors)
   variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
     'params': {},
@@ -231,23 +235,33 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
   return Loaded(variables, options, metadata, layout.name, report)
 
 
-def _resnet_layers(
-  blocks: int,
+def _layers(
+  arch: str,
   in_channels: int | None,
   num_classes: int | None,
   shortcut: str,
 ) -> list[Layer]:
-  """The CIFAR ResNet of He et al. 2016, section 4.2, depth 6 * blocks + 2."""
-  layers = [Layer(_STEM, (3, 3, in_channels, 16))]
-  cin = 16
-  for s, width in enumerate((16, 32, 64), start=1):
-    for b in range(1, blocks + 1):
-      layers.append(Layer(_CONV1, (3, 3, cin, width), s, b))
-      layers.append(Layer(_CONV2, (3, 3, width, width), s, b))
-      if cin != width and shortcut == 'conv':
-        layers.append(Layer(_SHORTCUT, (1, 1, cin, width), s, b))
-      cin = width
-  return layers + [Layer(_CLASSIFIER, (cin, num_classes))]
+  """The layers of an architecture, as its own definition has them."""
+  build = registry.builder(
+    arch, num_classes=num_classes or 1, shortcut=shortcut
+  )
+  network = build(float_layers.layer_set())
+  images = jax.ShapeDtypeStruct((1, 32, 32, in_channels or 1), np.float32)
+  params = jax.eval_shape(network.init, jax.random.key(0), images)['params']
+  layers = []
+  for name in protocol.trace(build).weighted:
+    shape: tuple[int | None, ...] = params[name]['kernel'].shape
+    if name == _STEM:
+      shape = (*shape[:2], in_channels, shape[3])
+    if name == _CLASSIFIER:
+      shape = (shape[0], num_classes)
+    found = re.fullmatch(r'stage(\d+)_block(\d+)_(\w+)', name)
+    if found:
+      s, b, kind = found.groups()
+      layers.append(Layer(_TEMPLATES[kind], shape, int(s), int(b)))
+    else:
+      layers.append(Layer(name, shape))
+  return layers
 
 
 def _options(layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict:
@@ -277,7 +291,11 @@ def _check_metadata(path: str, metadata: dict[str, str], arch: str) -> None:
     found = metadata.get('arch')
     raise InputError(
       f'{path}: metadata arch is {found!r}, expected {arch!r}'
-      + (f'; set config.teacher.arch={found}' if found in RESNETS else '')
+      + (
+        f'; set config.teacher.arch={found}'
+        if found in registry.names()
+        else ''
+      )
     )
 
 
@@ -319,15 +337,11 @@ def _check(
     message = f'{path} does not fit {arch}: {", ".join(parts)}'
     # A depth is named only where the whole file fits it.
     blocks = layout.matches(tensors, _CONV1) // (3 * len(layout.leaves))
-    if not any(
-      _differences(layout, _resnet_layers(blocks, **options), tensors)
+    other = f'resnet{6 * blocks + 2}'
+    if other in registry.names() and not any(
+      _differences(layout, _layers(other, **options), tensors)
     ):
-      other = f'resnet{6 * blocks + 2}'
-      message += f'; the file holds a {other}' + (
-        f'; set config.teacher.arch={other}'
-        if other in RESNETS
-        else f', expected one of {", ".join(RESNETS)}'
-      )
+      message += f'; the file holds a {other}; set config.teacher.arch={other}'
     raise InputError(message)
   for layer in layers:
     for leaf in layer.shapes:
