@@ -326,8 +326,8 @@ class Steps:
     # and a checkpoint could lie between.
     terms = [v for k, v in metrics.items() if k.endswith('/loss')]
     norms = [
-      optax.global_norm(state.generator),
-      optax.global_norm(state.student),
+      optax.tree.norm(state.generator),
+      optax.tree.norm(state.student),
     ]
     bad = (state.bad_step < 0) & ~jnp.isfinite(sum(terms + norms))
     return (

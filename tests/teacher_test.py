@@ -8,7 +8,7 @@ from clusterq_jax import data, evaluation, teacher, weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float as float_layers
 
-EMBEDDED_TOP1 = 0.0
+EMBEDDED_TOP1 = 93.21
 _CIFAR = {
   'image_size': (32, 32),
   'mean': (0.485, 0.456, 0.406),
