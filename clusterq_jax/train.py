@@ -255,8 +255,8 @@ def _train(
       if bad >= 0:
         progress.close()
         raise InputError(
-          f'the loss is no longer finite since step {bad + 1}; the last good '
-          f'checkpoint is kept in {folder / "checkpoints"}. Try a lower '
+          f'loss or weights are no longer finite since step {bad + 1}; the '
+          f'last good one is kept in {folder / "checkpoints"}. Try a lower '
           'config.generator.lr or config.student.lr, in another workdir'
         )
       log.write(step, values)

@@ -6,7 +6,8 @@ short recipe of `clusterq_jax.config.fast`.
     python -m clusterq_jax.main --config=configs/cifar10_resnet20_fast.py \
         --workdir=runs/cifar10_fast
 
-EXPECTED
+Measured on 5,000 CIFAR-10 test images (seed 0): teacher 91.68, student 89.28.
+Fourteen minutes on two cores that had other work; not measured on idle ones.
 """
 
 from clusterq_jax import config as config_lib
