@@ -7,14 +7,15 @@ the weights file says what input it expects.
     python -m clusterq_jax.main --config=configs/fashion_mnist_resnet20.py \
         --workdir=runs/fashion_mnist
 
-Measured, seed 0: teacher 93.21, student 92.69 on the 10,000 test images.
+Measured, seed 0: teacher 93.21, student 92.69 on the 10,000 test images; 251 s
+on two idle cores, compilation included.
 """
 
 from clusterq_jax import config as config_lib
 
 
 def get_config():
-  """The short recipe, shortened further, on the embedded files."""
+  """The short recipe, with more generator steps, on the embedded files."""
   config = config_lib.fast()
   config.generator.lr = 5e-3
   config.schedule.warmup_steps = 220
