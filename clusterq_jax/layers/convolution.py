@@ -3,8 +3,9 @@
 XLA's CPU backend runs the weight gradient of a 3x3 convolution as a convolution
 with an image-sized window: 5-30 GFLOP/s where the forward pass does 60-150.
 Here it is, on CPU only, one matrix product per kernel tap over row-shifted
-views of the zero-padded, flattened images (2-8 times faster, the same sums
-in another order). Other backends keep XLA's own.
+views of the zero-padded, flattened images: 24 ms instead of 94 for 16 channels
+at 32x32, batch 128; the same sums in another order. Other backends keep XLA's
+own.
 """
 
 import functools
