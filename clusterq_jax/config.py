@@ -99,6 +99,7 @@ def defaults() -> ml_collections.ConfigDict:
   loss.class_reduction = 'sum'  # over classes
   loss.student_cross_entropy = 1.0
   loss.distillation = 1.0  # gamma
+  loss.features = 0.0  # distillation of features; not in the paper
 
   config.centroids = centroids = ml_collections.ConfigDict()
   centroids.decay = 0.2  # beta: weight of the new statistics
@@ -151,6 +152,7 @@ def fast() -> ml_collections.ConfigDict:
   config.student.quant_lr = 2e-3
   config.loss.statistics = 3.0
   config.loss.student_cross_entropy = 0.0
+  config.loss.features = 30.0
   config.loss.noise = (0.2, 0.2)
   config.loss.noise_relative = True
   config.loss.class_reduction = 'mean'

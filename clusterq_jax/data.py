@@ -70,10 +70,11 @@ class Preprocessing:
     return self._reorder(jnp.clip(x, 0, 255).astype(jnp.uint8))
 
   @property
-  def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-    """Network inputs of black and white pixels, [C] each."""
+  def limit(self) -> float:
+    """The largest magnitude that a pixel, black or white, has as input."""
     mean, std = np.asarray(self.mean), np.asarray(self.std)
-    return -mean / std, (self.pixel_range - mean) / std
+    white = (self.pixel_range - mean) / std
+    return float(np.max(np.abs([-mean / std, white])))
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:

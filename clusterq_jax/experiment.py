@@ -50,7 +50,10 @@ def make_steps(
   """The steps of the run that `config` describes."""
   s, loss, student = config.schedule, config.loss, config.student
   plan = plan_lib.make_plan(
-    teacher.graph, bits_of(config), config.quant.ranges == 'learned'
+    teacher.graph,
+    bits_of(config),
+    config.quant.ranges == 'learned',
+    teacher.preprocessing.limit,
   )
   layers = len(teacher.graph.batch_norms)
   first = config.centroids.first_layer
@@ -92,6 +95,7 @@ def make_steps(
       centroid_decay=config.centroids.decay,
       student_cross_entropy=loss.student_cross_entropy,
       distillation=loss.distillation,
+      features=loss.features,
     ),
     first_semantic_layer=first,
     batch_size=s.batch_size,

@@ -15,7 +15,7 @@ from its recent images, as IntraQ and HAST do with fixed sets).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,19 @@ LearningRate = Callable[[jax.Array], jax.Array]
 _RANGE_DECAY = 0.9  # EMA of activation ranges, per student step
 
 
+class Answers(NamedTuple):
+  """What a network says of B images.
+
+  Attributes:
+    logits: [B, K].
+    features: the output of every convolution with BatchNorm and activation,
+      [B, H_l, W_l, C_l], in forward order.
+  """
+
+  logits: jax.Array
+  features: tuple[jax.Array, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
   """Weights and choices of the losses; symbols as in the paper."""
@@ -51,6 +64,7 @@ class LossWeights:
   centroid_decay: float  # beta
   student_cross_entropy: float
   distillation: float  # gamma
+  features: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +121,29 @@ class Steps:
   def _network(self, layers) -> nn.Module:
     return self.build(layers)
 
+  def _answers(
+    self, network: nn.Module, variables: Any, x: jax.Array, *collections: str
+  ) -> tuple[Answers, Any]:
+    """Answers, and the collections that the network wrote.
+
+    Features that nobody reads cost nothing: the compiler drops them.
+    """
+    names = self.graph.batch_norms
+    logits, written = network.apply(
+      variables,
+      x,
+      capture_intermediates=lambda module, _: module.name in names,
+      mutable=['intermediates', *collections],
+    )
+    outputs = written['intermediates']
+    features = tuple(outputs[name]['__call__'][0] for name in names)
+    return Answers(logits, features), written
+
   def teach(self, teacher: Any, x: jax.Array):
-    """Teacher logits [B, K] and moments of every BatchNorm input."""
+    """The teacher's answers, and moments of every BatchNorm input."""
     network = self._network(float_layers.layer_set(tap=True))
-    logits, taps = network.apply(teacher, x, mutable=['moments'])
-    return logits, float_layers.ordered_moments(taps, self.graph)
+    answers, taps = self._answers(network, teacher, x, 'moments')
+    return answers, float_layers.ordered_moments(taps, self.graph)
 
   def teacher_logits(self, teacher: Any, x: jax.Array):
     """Teacher logits [B, K]."""
@@ -190,8 +222,8 @@ class Steps:
 
     def one_batch(key):
       x, labels = self.generate(state.generator, key)
-      logits, moments = self.teach(teacher, x)
-      return labels, logits, moments[self._semantic]
+      answers, moments = self.teach(teacher, x)
+      return labels, answers.logits, moments[self._semantic]
 
     batches = jax.lax.map(one_batch, keys)
     labels, logits, moments = jax.tree.map(
@@ -230,7 +262,8 @@ class Steps:
     def loss_fn(params):
       images, labels = self.generate(params, image_key)
       x = self._augment(augment_key, images) if augmented else images
-      logits, moments = self.teach(teacher, x)
+      answers, moments = self.teach(teacher, x)
+      logits = answers.logits
       batch = [statistics.batch_statistics(m) for m in moments]
       terms = {
         'inception': losses.inception_loss(logits, labels),
@@ -265,7 +298,7 @@ class Steps:
         )
       terms['accuracy'] = jnp.mean(jnp.argmax(logits, -1) == labels)
       terms['loss'] = loss
-      return loss, (terms, centroids, images, x, labels, logits)
+      return loss, (terms, centroids, images, x, labels, answers)
 
     grads, (terms, centroids, *images) = jax.grad(loss_fn, has_aux=True)(
       state.generator
@@ -278,7 +311,8 @@ class Steps:
     state = state.replace(generator=new, generator_opt=opt, centroids=centroids)
     return state, metrics, jax.lax.stop_gradient(tuple(images))
 
-  def _student_update(self, state, teacher, x, labels, teacher_logits):
+  def _student_update(self, state, teacher, x, labels, answers):
+    """One student update; answers: the teacher's."""
     layers = fake_quant.layer_set(self.plan, observe=not self.plan.learned)
     network = self._network(layers)
     batch_stats = teacher['batch_stats']
@@ -286,17 +320,20 @@ class Steps:
 
     def loss_fn(trained):
       variables = {**state.student, **trained, 'batch_stats': batch_stats}
-      logits, seen = network.apply(variables, x, mutable=['ranges'])
+      (logits, features), seen = self._answers(network, variables, x, 'ranges')
       entropy = losses.inception_loss(logits, labels)
-      divergence = losses.distillation_loss(logits, teacher_logits)
+      divergence = losses.distillation_loss(logits, answers.logits)
       loss = w.student_cross_entropy * entropy + w.distillation * divergence
-      agree = jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1)
+      agree = jnp.argmax(logits, -1) == jnp.argmax(answers.logits, -1)
       terms = {
         'cross_entropy': entropy,
         'distillation': divergence,
         'agreement': jnp.mean(agree),
-        'loss': loss,
       }
+      if w.features:
+        terms['features'] = losses.features_loss(features, answers.features)
+        loss += w.features * terms['features']
+      terms['loss'] = loss
       return loss, (terms, seen)
 
     trained = self._trained(state.student)
@@ -366,10 +403,10 @@ class Steps:
   def joint_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Generator, L2, and student, L3, on the same images (eqs. 10, 11)."""
     key = jax.random.fold_in(key, state.step)
-    state, metrics, (images, x, labels, logits) = self._generator_update(
+    state, metrics, (images, x, labels, answers) = self._generator_update(
       state, teacher, key, class_terms=True, augmented=True
     )
-    state, more = self._student_update(state, teacher, x, labels, logits)
+    state, more = self._student_update(state, teacher, x, labels, answers)
     return self._finish(self._remember(state, images), {**metrics, **more})
 
   def student_step(self, state: TrainState, teacher: Any, key: jax.Array):
@@ -384,9 +421,10 @@ class Steps:
     )
     pixels = sharding.split_batch(self.mesh, state.pool[rows])
     x = self._augment(augment_key, self.preprocessing.normalize(pixels))
-    logits = jax.lax.stop_gradient(self.teacher_logits(teacher, x))
-    labels = jnp.argmax(logits, -1)
-    state, metrics = self._student_update(state, teacher, x, labels, logits)
+    network = self._network(float_layers.layer_set())
+    answers, _ = jax.lax.stop_gradient(self._answers(network, teacher, x))
+    labels = jnp.argmax(answers.logits, -1)
+    state, metrics = self._student_update(state, teacher, x, labels, answers)
     return self._finish(state, metrics)
 
 

@@ -110,7 +110,10 @@ def load(path: str | pathlib.Path) -> Student:
   build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
   plan = plan_lib.make_plan(
-    protocol.trace(build), bits, json.loads(metadata['learned'])
+    protocol.trace(build),
+    bits,
+    json.loads(metadata['learned']),
+    preprocessing.limit,
   )
   return Student(
     variables=weights_lib.unflatten(tensors),

@@ -350,7 +350,8 @@ class _Pair:
 
   def plan(self, bits=8, placement='paper', learned=True):
     chosen = plan.Bits(bits, bits, bits, bits, placement)
-    return plan.make_plan(self.graph, chosen, learned)
+    limit = float(np.abs(self.x).max())
+    return plan.make_plan(self.graph, chosen, learned, limit)
 
   @functools.cache  # noqa: B019
   def calibrated(self, decided):
@@ -386,7 +387,7 @@ def test_teacher_and_student_share_their_variables(channels, shortcut):
 def _expected_quant(pair, placement, learned):
   """Layer name -> the shapes of its steps, written out by hand."""
   widths = {'stem': 16, 'classifier': 5}
-  outputs = ['input', 'stem', 'pool']
+  outputs = ['stem', 'pool']  # the step of the input is known
   for stage, width in ((1, 16), (2, 32), (3, 64)):
     name = f'stage{stage}_block1'
     widths |= {f'{name}_conv1': width, f'{name}_conv2': width}
@@ -431,12 +432,19 @@ def test_at_8_bits_the_student_is_near_the_teacher(
 
 def test_at_4_bits_the_student_is_farther_off():
   pair = _pair()
-  logits, quant = pair.calibrated(pair.plan(4, learned=False))
+  logits, _ = pair.calibrated(pair.plan(4, learned=False))
   assert 0.05 < _distance(logits, pair.logits) < 0.5
-  # Calibrated by largest magnitude.
-  np.testing.assert_allclose(
-    np.exp(quant['input']['output']), np.abs(pair.x).max() / 127, rtol=1e-5
-  )
+
+
+def test_range_of_the_input_is_known_beforehand():
+  pair = _pair()
+  decided = pair.plan()
+  limit = 127 * decided.output('input').step
+  student = pair.build(fake_quant.layer_set(decided, calibrate=True))
+  apply = _jit(lambda x: student.apply(pair.variables, x, mutable=['quant'])[0])
+  low, high = -limit * 128 / 127, limit
+  clipped = apply(np.clip(3 * pair.x, low, high))
+  np.testing.assert_array_equal(apply(3 * pair.x), clipped)
 
 
 def test_observing_tells_the_ranges_and_changes_nothing():
@@ -450,19 +458,16 @@ def test_observing_tells_the_ranges_and_changes_nothing():
   same, state = observe(before, pair.x)
   np.testing.assert_allclose(same, logits, atol=1e-4)
   ranges = state.pop('ranges')
-  assert set(ranges) == {name for name, _ in decided.outputs}
+  assert set(ranges) == {name for name, _ in decided.outputs} - {'input'}
   for name, found in ranges.items():
     # Calibration by largest magnitude on the same images.
     np.testing.assert_allclose(
       found['output'], quant[name]['output'], atol=1e-5
     )
-  wider, state = observe(before, 2 * pair.x)
-  np.testing.assert_allclose(
-    state.pop('ranges')['input']['output'] - quant['input']['output'],
-    np.log(2),
-    atol=1e-5,
-  )
-  assert np.abs(wider - same).max() > 1e-3
+  fainter, state = observe(before, pair.x / 2)
+  found = state.pop('ranges')['stem']['output']
+  assert found < ranges['stem']['output'] - 0.1
+  assert np.abs(fainter - same).max() > 1e-3
   # Neither steps nor, above all, BatchNorm statistics moved.
   assert jax.tree.structure(state) == jax.tree.structure(before)
   for a, b in zip(*map(jax.tree.leaves, (state, before)), strict=True):

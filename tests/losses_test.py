@@ -86,6 +86,17 @@ def test_distillation_survives_extreme_logits():
   np.testing.assert_allclose(gradient, [[-1, 1]])
 
 
+def test_features_are_compared_relative_to_the_teachers():
+  random = np.random.RandomState(4)
+  teacher = [random.randn(2, 3, 3, 4), 5 * random.randn(2, 2, 2, 6)]
+  teacher = [np.float32(t) for t in teacher]
+  student = [teacher[0] * 1.1, teacher[1] * 0.8]
+  found = losses.features_loss(student, teacher)
+  np.testing.assert_allclose(found, (0.1**2 + 0.2**2) / 2, rtol=1e-3)
+  dead = [0 * t for t in teacher]
+  np.testing.assert_array_equal(losses.features_loss(dead, dead), 0)
+
+
 # --- Batch statistics --------------------------------------------------------
 
 

@@ -203,7 +203,9 @@ _BITS = {'weights': 3, 'activations': 5, 'first': 6, 'last': 7}
 def _plan(placement, shortcut='pad'):
   build = registry.builder('resnet20', num_classes=10, shortcut=shortcut)
   bits = plan.Bits(**_BITS, placement=placement)
-  return plan.make_plan(protocol.trace(build), bits, learned=True)
+  return plan.make_plan(
+    protocol.trace(build), bits, learned=True, input_limit=2.54
+  )
 
 
 def _paper_outputs():
@@ -227,6 +229,7 @@ def test_paper_placement(shortcut):
   for unquantized in ('stage1_block1_conv2', 'stage3_block3_add', 'classifier'):
     assert decided.output(unquantized) is None
   assert decided.output('stem') == plan.Output(5, False)
+  assert decided.output('input').step == pytest.approx(2.54 / 127)
 
 
 @pytest.mark.parametrize('shortcut', ['pad', 'conv'])
@@ -265,7 +268,7 @@ def test_signs_follow_the_activation():
     protocol.Node('logits', 'dense', ('pool',)),
   )
   bits = plan.Bits(4, 4, 4, 4, 'integer')
-  assert _found(plan.make_plan(protocol.Graph(nodes), bits, False)) == {
+  assert _found(plan.make_plan(protocol.Graph(nodes), bits, False, 1.0)) == {
     'image': (8, True),
     'linear': (8, True),
     'sum': (8, True),

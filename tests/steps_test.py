@@ -106,7 +106,8 @@ def test_loss_is_the_weighted_sum(step, state, finished):
   )
   assert m['student/loss'] == pytest.approx(
     m['student/cross_entropy']
-    + weights.distillation * m['student/distillation'],
+    + weights.distillation * m['student/distillation']
+    + weights.features * m['student/features'],
     rel=1e-5,
   )
 
@@ -185,6 +186,7 @@ def test_student_loss_is_that_of_pool_images(step, state, finished):
   assert float(metrics['student/distillation']) == pytest.approx(
     divergence, rel=1e-2
   )
+  assert float(metrics['student/features']) > 1e-3
 
 
 def test_student_batch_norm_statistics_are_the_teachers(

@@ -2,9 +2,9 @@
 
 The same parameters and BatchNorm statistics as the float set, by name, plus the
 collection `quant`: the logarithm of each quantizer's step (a step is positive,
-and its useful changes are relative). BatchNorm statistics are the teacher's,
-frozen; its gain and bias train. Formulas are in `quant/numerics.py`, places and
-bit widths in `quant/plan.py`.
+and its useful changes are relative), but of those that the plan fixes.
+BatchNorm statistics are the teacher's, frozen; its gain and bias train.
+Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
 """
 
 import functools
@@ -61,6 +61,8 @@ class _Quantized(nn.Module):
     if output is None:
       return x
     low, high = numerics.activation_range(output.bits, output.signed)
+    if output.step is not None:
+      return numerics.fake_quant(x, jnp.float32(output.step), low, high)
     axes = tuple(range(x.ndim))
     if self.observe:
       self.sow(
