@@ -126,6 +126,7 @@ class JaxStep:
 # tensors [2, ..., C]: mean, std. A process that times JAX never imports torch.
 A1, A2, A3, BETA, NOISE = 0.1, 0.9, 0.6, 0.2, (0.5, 1.0)
 EPSILON = 1e-6  # inside square roots
+INPUT_LIMIT = 2.0  # largest magnitude of a pixel under mean 0.5, std 0.25
 torch: Any = None
 F: Any = None
 fake_quant: Any = None
@@ -217,7 +218,8 @@ class Network:
 
   def __call__(self, x):
     self.moments = {}  # of BatchNorm inputs, teacher only
-    x = self.quantize(x, 'input/output', -128, 127)
+    if self.log_steps:
+      x = fake_quant(x, torch.tensor(INPUT_LIMIT / 127), -128, 127)
     x = self.relu(self.conv_bn(x, 'stem'), 'stem')
     for i in range(9):
       name = f'stage{i // 3 + 1}_block{i % 3 + 1}'

@@ -139,29 +139,29 @@ def fast() -> ml_collections.ConfigDict:
 
   Departs from the paper: a slim generator; the student rests until the
   generator is done, then learns from its recent images; learned quantizer
-  steps from the MSE-optimal clip; Adam with a cosine; distillation without
-  cross-entropy.
+  steps from the MSE-optimal clip; Adam with a cosine; distillation of logits
+  and features without cross-entropy.
   """
   config = defaults()
   config.checkpoint_every = 100
   config.quant.ranges = 'learned'
   config.generator.channels = (128, 64, 32)
-  config.generator.lr = 3e-3
+  config.generator.lr = 5e-3
   config.student.optimizer = 'adam'
-  config.student.lr = 4e-4
-  config.student.quant_lr = 2e-3
+  config.student.lr = 1.5e-4
+  config.student.quant_lr = 5e-4
   config.loss.statistics = 3.0
   config.loss.student_cross_entropy = 0.0
-  config.loss.features = 30.0
+  config.loss.features = 100.0
   config.loss.noise = (0.2, 0.2)
   config.loss.noise_relative = True
   config.loss.class_reduction = 'mean'
   config.schedule.batch_size = 64
-  config.schedule.warmup_steps = 200
-  config.schedule.generator_steps = 100
+  config.schedule.warmup_steps = 400
+  config.schedule.generator_steps = 900
   config.schedule.joint_steps = 0
-  config.schedule.student_steps = 200
-  config.schedule.pool_batches = 100
+  config.schedule.student_steps = 400
+  config.schedule.pool_batches = 200
   config.schedule.lr_decay = 'cosine'
   config.report.log_every = 25
   return config
