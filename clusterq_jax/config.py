@@ -28,7 +28,7 @@ _CHOICES = {
   'loss.class_reduction': ('sum', 'mean'),
   'schedule.lr_decay': ('step', 'cosine'),
   'eval.source': ('none', 'fashion_mnist', 'npz'),
-  'eval.network': ('student', 'teacher'),
+  'eval.network': ('student', 'teacher', 'integer'),
 }
 # Smallest value allowed.
 _AT_LEAST = {
@@ -128,6 +128,9 @@ def defaults() -> ml_collections.ConfigDict:
   evaluation.network = 'student'
   evaluation.batch_size = 250
   evaluation.synthetic_images = 2048
+
+  config.export = export = ml_collections.ConfigDict()
+  export.folder = ''  # a new one; '': WORKDIR/export
 
   config.report = report = ml_collections.ConfigDict()
   report.log_every = 100  # steps

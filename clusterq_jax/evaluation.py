@@ -41,31 +41,29 @@ def percent(right: np.ndarray) -> float:
 def on_images(
   networks: Mapping[str, Predict], images: Images | None, batch_size: int
 ) -> dict[str, Any]:
-  """Top-1 of each network in percent; agreement of 'student' with 'teacher'.
+  """Top-1 of each network, and its agreement with the one before it.
 
   Args:
-    networks: 'teacher' and / or 'student', as in `predictions`.
+    networks: 'teacher', and perhaps 'student' and 'deployed', in this order;
+      as in `predictions`.
     images: real images, or None: every figure is then None.
     batch_size: images per call.
 
   Returns:
-    {'teacher': {'top1'}, 'student': {'top1', 'n', 'agreement'}}, as far as the
-    networks are given.
+    By network: `top1` in percent; but for the first also `n`, the number of
+    images, and `agreement` in percent.
   """
-  results: dict[str, Any] = {name: {'top1': None} for name in networks}
-  if 'student' in results:
-    results['student'] |= {'n': None, 'agreement': None}
-  if images is None:
-    return results
-  answers = {
-    name: predictions(logits, images.images, batch_size)
-    for name, logits in networks.items()
-  }
-  for name, answer in answers.items():
-    results[name]['top1'] = percent(answer == images.labels)
-  if len(answers) == 2:
-    results['student']['n'] = len(images.labels)
-    results['student']['agreement'] = percent(
-      answers['student'] == answers['teacher']
-    )
+  results: dict[str, Any] = {}
+  before = None
+  for name, logits in networks.items():
+    figures: dict[str, Any] = {'top1': None}
+    if results:
+      figures |= {'n': None, 'agreement': None}
+    if images is not None:
+      answers = predictions(logits, images.images, batch_size)
+      figures['top1'] = percent(answers == images.labels)
+      if results:
+        figures |= {'n': len(answers), 'agreement': percent(answers == before)}
+      before = answers
+    results[name] = figures
   return results

@@ -1,7 +1,7 @@
 """The command line: flags and mode dispatch only.
 
     python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
-        [--mode=quantize|evaluate] [--config.field=value ...]
+        [--mode=quantize|evaluate|export] [--config.field=value ...]
 """
 
 import sys
@@ -10,22 +10,24 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from clusterq_jax import report, train
+from clusterq_jax import export, report, train
 from clusterq_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_MODE = flags.DEFINE_enum(
-  'mode', 'quantize', ['quantize', 'evaluate'], 'What to do.'
-)
+_MODES = {
+  'quantize': train.quantize,
+  'evaluate': train.evaluate,
+  'export': export.export,
+}
+_MODE = flags.DEFINE_enum('mode', 'quantize', list(_MODES), 'What to do.')
 
 
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
   try:
     config, workdir = _parse(argv)
-    mode = train.quantize if _MODE.value == 'quantize' else train.evaluate
-    results = mode(config, workdir)
+    results = _MODES[_MODE.value](config, workdir)
     print(report.closing_table(results, config, workdir))
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)

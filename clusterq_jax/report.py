@@ -32,6 +32,15 @@ def closing_table(
       ),
       ('agreement with teacher', _percent(student.get('agreement'))),
     ]
+  deployed = results.get('deployed', {})
+  if deployed.get('top1') is not None:
+    rows.append(
+      (
+        'deployed top-1',
+        f'{deployed["top1"]:.2f} % (agrees with the student on '
+        f'{deployed["agreement"]:.2f} % of {deployed["n"]} images)',
+      )
+    )
   if 'synthetic' in results:
     synthetic = results['synthetic']
     rows.append(
@@ -68,6 +77,8 @@ def closing_table(
       'metrics.jsonl, checkpoints/',
     )
   )
+  if 'export' in results:
+    rows += _exported(results['export'])
   if config.eval.source == 'none':
     rows.append(
       (
@@ -76,3 +87,17 @@ def closing_table(
       )
     )
   return '\n' + metrics.table(rows)
+
+
+def _exported(export: dict[str, Any]) -> list[tuple[str, str]]:
+  sizes = export['bytes']
+  small, large = sizes['integer.onnx'], sizes['float32.onnx']
+  return [
+    (
+      'exported',
+      f'integer.onnx {small / 1e6:.2f} MB, float32.onnx {large / 1e6:.2f} MB '
+      f'(x{large / small:.1f})',
+    ),
+    ('', f'{export["folder"]}: {", ".join(sizes)}'),
+    ('check a machine', f'python {export["folder"]}/selftest.py'),
+  ]

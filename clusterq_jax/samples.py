@@ -1,4 +1,4 @@
-"""samples.png: synthetic images as the student sees them."""
+"""samples.png and samples.npz: synthetic images as the student sees them."""
 
 import pathlib
 
@@ -10,12 +10,17 @@ COLUMNS = 10
 _ZOOM = 2
 
 
-def save(path: pathlib.Path, images: np.ndarray) -> None:
-  """Draws a grid of images, row by row.
+PICTURE = 'samples.png'
+ARRAYS = 'samples.npz'
+
+
+def save(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
+  """Draws a grid of images, row by row; stores them for `data.read_npz`.
 
   Args:
-    path: of the PNG.
+    folder: gets both files.
     images: uint8 [rows, columns, H, W, C], C 1 or 3.
+    labels: int [rows * columns], what was asked of the generator.
   """
   rows, columns, height, width = images.shape[:4]
   grid = np.full(
@@ -27,6 +32,11 @@ def save(path: pathlib.Path, images: np.ndarray) -> None:
       grid[top : top + height, left : left + width] = images[row, column]
   picture = Image.fromarray(grid)
   size = (picture.width * _ZOOM, picture.height * _ZOOM)
-  temporary = path.with_suffix('.tmp')
+  temporary = folder / 'samples.tmp'
   picture.resize(size, Image.Resampling.NEAREST).save(temporary, 'PNG')
-  temporary.replace(path)
+  temporary.replace(folder / PICTURE)
+  with temporary.open('wb') as file:
+    np.savez_compressed(
+      file, images=images.reshape(-1, *images.shape[2:]), labels=labels
+    )
+  temporary.replace(folder / ARRAYS)

@@ -18,7 +18,7 @@ import numpy as np
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import fake_quant, protocol
+from clusterq_jax.layers import fake_quant, integer, protocol
 from clusterq_jax.models import registry
 from clusterq_jax.quant import plan as plan_lib
 
@@ -35,12 +35,16 @@ class Student:
     preprocessing: applied by `logits`.
     bits: bit widths and placement.
     class_names: K names, or ().
+    graph: the architecture's wiring.
+    plan: its quantizers.
   """
 
   variables: dict[str, Any]
   preprocessing: Preprocessing
   bits: plan_lib.Bits
   class_names: tuple[str, ...]
+  graph: protocol.Graph
+  plan: plan_lib.Plan
   _network: Any
 
   def logits(self, images: jax.Array) -> jax.Array:
@@ -58,6 +62,22 @@ class Student:
       )
     x = self.preprocessing.normalize(jnp.asarray(images))
     return self._network.apply(self.variables, x)
+
+  def integer(self) -> integer.Folded:
+    """The network that an integer runtime executes.
+
+    Raises:
+      InputError: the placement leaves tensors in float.
+    """
+    if self.bits.placement != 'integer':
+      raise InputError(
+        f'the student has config.quant.placement={self.bits.placement!r}, '
+        "which leaves residual adds in float; expected 'integer': quantize "
+        'again with --config.quant.placement=integer, in another workdir'
+      )
+    return integer.fold(
+      self.graph, self.plan, self.variables, self.preprocessing
+    )
 
 
 def save(
@@ -109,8 +129,9 @@ def load(path: str | pathlib.Path) -> Student:
   preprocessing = Preprocessing(**raw)
   build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
+  graph = protocol.trace(build)
   plan = plan_lib.make_plan(
-    protocol.trace(build),
+    graph,
     bits,
     json.loads(metadata['learned']),
     preprocessing.limit,
@@ -120,5 +141,7 @@ def load(path: str | pathlib.Path) -> Student:
     preprocessing=preprocessing,
     bits=bits,
     class_names=tuple(json.loads(metadata['class_names'])),
+    graph=graph,
+    plan=plan,
     _network=build(fake_quant.layer_set(plan)),
   )

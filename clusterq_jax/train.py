@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -111,7 +111,7 @@ class _Run:
     right = np.concatenate(jax.device_get(agree))
     return {'agreement': evaluation.percent(right), 'n': len(right)}
 
-  def save_samples(self, state: TrainState, path: pathlib.Path) -> None:
+  def save_samples(self, state: TrainState, folder: pathlib.Path) -> None:
     classes = min(self.steps.num_classes, samples.ROWS)
     labels = jnp.repeat(jnp.arange(classes), samples.COLUMNS)
     x, _ = jax.jit(self.steps.generate)(
@@ -119,7 +119,7 @@ class _Run:
     )
     pixels = np.asarray(self.teacher.preprocessing.to_pixels(x))
     shape = (classes, samples.COLUMNS, *pixels.shape[1:])
-    samples.save(path, pixels.reshape(shape))
+    samples.save(folder, pixels.reshape(shape), np.asarray(labels))
 
   def save_student(self, state: TrainState, path: pathlib.Path) -> None:
     student_lib.save(
@@ -192,9 +192,9 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   # --------------------------------------------------- what came out of it
   run.save_student(state, folder / student_lib.FILE)
-  run.save_samples(state, folder / 'samples.png')
-  predict = student_lib.load(folder).logits
-  results: dict[str, Any] = _on_images(config, teacher, predict, images)
+  run.save_samples(state, folder)
+  networks = {'student': student_lib.load(folder).logits}
+  results: dict[str, Any] = _on_images(config, teacher, networks, images)
   bits = experiment.bits_of(config)
   params = run.variables['params']
   results |= {
@@ -295,10 +295,10 @@ def _train(
 def _on_images(
   config: ml_collections.ConfigDict,
   teacher: Teacher,
-  student: Callable[[jax.Array], jax.Array] | None,
+  others: Mapping[str, evaluation.Predict],
   images: data.Images | None,
 ) -> dict[str, Any]:
-  """The evaluation's part of results.json; student: pixels to logits."""
+  """The evaluation's part of results.json; others: pixels to logits."""
   network = teacher.build(float_layers.layer_set())
 
   @jax.jit
@@ -308,8 +308,7 @@ def _on_images(
   networks: dict[str, evaluation.Predict] = {
     'teacher': functools.partial(logits, teacher.variables)
   }
-  if student is not None:
-    networks['student'] = jax.jit(student)
+  networks |= {name: jax.jit(other) for name, other in others.items()}
   return evaluation.on_images(networks, images, config.eval.batch_size)
 
 
@@ -330,9 +329,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "config.eval.source='none': nothing to evaluate on; expected "
       'fashion_mnist, or npz and config.eval.path=FILE'
     )
-  student = None
-  if config.eval.network == 'student':
-    student = student_lib.load(workdir).logits
+  networks: dict[str, evaluation.Predict] = {}
+  if config.eval.network != 'teacher':
+    student = student_lib.load(workdir)
+    networks['student'] = student.logits
+  if config.eval.network == 'integer':
+    networks['deployed'] = student.integer().logits
   folder = workdir_lib.open_workdir(config, workdir)
-  results = _on_images(config, teacher, student, images)
+  results = _on_images(config, teacher, networks, images)
   return workdir_lib.merge_results(folder, results)

@@ -54,12 +54,25 @@ class Node:
     op: the factory it came from, as a field name of `LayerSet`.
     inputs: names of the layers whose outputs it reads.
     act: activation applied to its output.
+    features: channels of its output, where the layer chooses them.
+    kernel, strides, padding, groups: of a convolution, as in
+      `LayerSet.conv_bn`; `strides` also of a shortcut.
   """
 
   name: str
   op: str
   inputs: tuple[str, ...]
   act: Activation = None
+  features: int | None = None
+  kernel: int = 1
+  strides: int = 1
+  padding: int | None = None
+  groups: int = 1
+
+  @property
+  def pads(self) -> int:
+    """Zeros on each side of a convolution's input."""
+    return self.kernel // 2 if self.padding is None else self.padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +80,14 @@ class Graph:
   """The wiring of a network: its layers in forward order."""
 
   nodes: tuple[Node, ...]
+
+  def node(self, name: str) -> Node:
+    return next(n for n in self.nodes if n.name == name)
+
+  def channels(self, name: str) -> int:
+    """Channels of a layer's output; not of the network's input."""
+    node = self.node(name)
+    return node.features or self.channels(node.inputs[0])
 
   @functools.cached_property
   def batch_norms(self) -> tuple[str, ...]:
@@ -94,11 +115,13 @@ def trace(build: Callable[[LayerSet], nn.Module]) -> Graph:
   nodes: list[Node] = []
 
   def recorder(op: str) -> Layer:
-    def factory(*unused_args, name: str, act: Activation = None, **unused):
+    def factory(*args, name: str, **options):
+      options |= dict(zip(('features', 'kernel'), args, strict=False))
+
       def layer(*inputs: str) -> str:
         if any(node.name == name for node in nodes):
           raise ValueError(f'two layers are called {name!r}')
-        nodes.append(Node(name, op, inputs, act))
+        nodes.append(Node(name, op, inputs, **options))
         return name
 
       return layer

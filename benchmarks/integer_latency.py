@@ -1,0 +1,151 @@
+"""Latency, size and memory of an exported network against its float twin.
+
+    python benchmarks/integer_latency.py runs/mine/export
+
+See README.md in this folder.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+
+import numpy as np
+
+PAIR = ('float32.onnx', 'integer.onnx')
+
+
+def onnx_runtime(file, threads):
+  """Returns images -> logits."""
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = threads
+  options.inter_op_num_threads = 1
+  session = onnxruntime.InferenceSession(
+    str(file), options, providers=['CPUExecutionProvider']
+  )
+  return lambda images: session.run(None, {'images': images})[0]
+
+
+def openvino(file, threads):
+  """Returns images -> logits; float32 stays float32."""
+  import openvino as ov
+
+  settings = {
+    'INFERENCE_PRECISION_HINT': 'f32',
+    'INFERENCE_NUM_THREADS': threads,
+    'NUM_STREAMS': 1,
+  }
+  compiled = ov.Core().compile_model(str(file), 'CPU', settings)
+  return lambda images: compiled(images)[0]
+
+
+def images_of(folder, batch):
+  with np.load(folder / 'selftest.npz') as file:
+    images = file['images']
+  return np.resize(images, (batch, *images.shape[1:]))
+
+
+def seconds(run, images, calls):
+  start = time.perf_counter()
+  for _ in range(calls):
+    run(images)
+  return (time.perf_counter() - start) / calls
+
+
+def compare(runtime, folder, threads, batch, rounds):
+  """Per round, both files in turn; returns [rounds, 2] seconds per call."""
+  images = images_of(folder, batch)
+  runs = [runtime(folder / name, threads) for name in PAIR]
+  for run in runs:
+    seconds(run, images, 20)
+  # As many calls as take a twentieth of a second, so that a round is short
+  # beside what else happens on the machine.
+  calls = [max(3, int(0.05 / seconds(run, images, 20))) for run in runs]
+  return [
+    [seconds(run, images, n) for run, n in zip(runs, calls, strict=True)]
+    for _ in range(rounds)
+  ]
+
+
+def memory(file, batch, queue):
+  """Peak resident memory in MB that loading and running adds, in a process."""
+  folder = file.parent
+  images = images_of(folder, batch)
+  import onnxruntime  # noqa: F401  not part of what is measured
+
+  def resident(key):
+    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1e3
+
+  before = resident('VmRSS')
+  run = onnx_runtime(file, 1)
+  for _ in range(5):
+    run(images)
+  queue.put(resident('VmHWM') - before)
+
+
+def in_a_process(target, *args):
+  context = multiprocessing.get_context('spawn')
+  queue = context.Queue()
+  process = context.Process(target=target, args=(*args, queue))
+  process.start()
+  value = queue.get()
+  process.join()
+  return value
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('folder', type=pathlib.Path, help='of an export')
+  parser.add_argument('--rounds', type=int, default=30)
+  args = parser.parse_args()
+  missing = [name for name in PAIR if not (args.folder / name).exists()]
+  if missing:
+    parser.error(f'{args.folder}: no {missing[0]}; expected an export folder')
+
+  import onnxruntime
+
+  runtimes = {f'ONNX Runtime {onnxruntime.__version__}': onnx_runtime}
+  try:
+    import openvino as ov
+
+    runtimes[f'OpenVINO {ov.__version__.split("-")[0]}'] = openvino
+  except ImportError:
+    print('OpenVINO is not installed: left out')
+  import onnx
+
+  properties = onnx.load(args.folder / PAIR[1]).metadata_props
+  facts = {p.key: json.loads(p.value) for p in properties}
+  bits, arch = facts['bits'], facts['config']['teacher']['arch']
+  flags = pathlib.Path('/proc/cpuinfo').read_text()
+  print(
+    f'{arch} W{bits["weights"]}A{bits["activations"]}; {os.cpu_count()} CPUs, '
+    f'VNNI: {"yes" if "vnni" in flags else "no"}; load {os.getloadavg()[0]:.2f}'
+  )
+  sizes = [(args.folder / name).stat().st_size for name in PAIR]
+  print(f'file: {sizes[0]} -> {sizes[1]} bytes, x{sizes[0] / sizes[1]:.2f}')
+  used = [in_a_process(memory, args.folder / name, 16) for name in PAIR]
+  print(f'memory, batch 16: {used[0]:.1f} -> {used[1]:.1f} MB')
+  print('runtime, threads, batch: float -> integer ms; ratio, 10-90 %')
+  for name, runtime in runtimes.items():
+    for threads in (1, 2):
+      for batch in (1, 16):
+        pairs = compare(runtime, args.folder, threads, batch, args.rounds)
+        before, after = (
+          1e3 * statistics.median(t) for t in zip(*pairs, strict=True)
+        )
+        ratios = [a / b for a, b in pairs]
+        low, high = np.quantile(ratios, [0.1, 0.9])
+        print(
+          f'{name}, {threads}, {batch}: {before:.3f} -> {after:.3f}; '
+          f'x{statistics.median(ratios):.2f}, {low:.2f}-{high:.2f}'
+        )
+
+
+if __name__ == '__main__':
+  main()

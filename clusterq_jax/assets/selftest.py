@@ -1,0 +1,33 @@
+"""Does this machine run integer.onnx bit for bit? Needs numpy, onnxruntime.
+
+    python selftest.py
+
+Exit code 0: yes, perhaps in the mode that is printed; 1: no.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import onnxruntime
+
+here = pathlib.Path(__file__).resolve().parent
+expected = np.load(here / 'selftest.npz')
+for mode in ('0', '1'):
+  options = onnxruntime.SessionOptions()
+  # '1': kernels that cannot saturate, on x86 without VNNI.
+  options.add_session_config_entry('session.x64quantprecision', mode)
+  session = onnxruntime.InferenceSession(
+    str(here / 'integer.onnx'), options, providers=['CPUExecutionProvider']
+  )
+  logits = session.run(['logits'], {'images': expected['images']})[0]
+  wrong = np.any(logits != expected['logits'], axis=1)
+  changed = np.argmax(logits, 1) != np.argmax(expected['logits'], 1)
+  print(
+    f'session.x64quantprecision={mode}: logits of {wrong.sum()} of '
+    f'{len(wrong)} images differ, classes of {changed.sum()}'
+  )
+  if not wrong.any():
+    print('this machine agrees, with that setting')
+    sys.exit(0)
+sys.exit('this machine differs: measure its accuracy before you rely on it')
