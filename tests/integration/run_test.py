@@ -97,6 +97,7 @@ def test_files(finished):
     'student.safetensors',
     'results.json',
     'samples.png',
+    'samples.npz',
     'metrics.jsonl',
     'config.json',
     'checkpoints',
