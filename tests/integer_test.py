@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from clusterq_jax import data, student, teacher
 from clusterq_jax.layers import fake_quant, integer, protocol
@@ -67,9 +68,30 @@ def test_images():
   return data.read_fashion_mnist(data.ASSETS, 't10k')
 
 
+class _Mobile(nn.Module):
+  """What ResNets for small images have not got."""
+
+  layers: protocol.LayerSet
+
+  @nn.compact
+  def __call__(self, x):
+    x = self.layers.input(name='input')(x)
+    x = self.layers.conv_bn(8, 3, act='relu6', name='stem')(x)
+    x = self.layers.max_pool(kernel=3, strides=2, padding=1, name='max')(x)
+    y = self.layers.conv_bn(8, 3, groups=8, act='relu6', name='depthwise')(x)
+    y = self.layers.conv_bn(8, 1, name='project')(y)
+    x = self.layers.add(name='add')(x, y)  # signed
+    x = self.layers.max_pool(kernel=2, strides=1, padding=0, name='max2')(x)
+    x = self.layers.conv_bn(16, 3, padding=0, act='relu6', name='head')(x)
+    x = self.layers.global_avg_pool(name='pool')(x)
+    return self.layers.dense(5, name='classifier')(x)
+
+
 def _tiny(shortcut='conv', order='rgb', channels=3):
-  """A ResNet-8 with gains of both signs, one of them almost zero."""
-  build = registry.builder('resnet8', num_classes=5, shortcut=shortcut)
+  """Gains of both signs, one of them almost zero; shortcut None: no ResNet."""
+  build: registry.Builder = _Mobile
+  if shortcut:
+    build = registry.builder('resnet8', num_classes=5, shortcut=shortcut)
   shape = (9, 12, channels)
   shapes = jax.eval_shape(
     build(float_layers.layer_set()).init,
@@ -140,7 +162,7 @@ def test_runtime_agrees_on_the_embedded_network(quantized, test_images, bits):
   assert right > (0.8 if bits == (4, 4) else 0.9)
 
 
-@pytest.mark.parametrize('shortcut', ['pad', 'conv'])
+@pytest.mark.parametrize('shortcut', ['pad', 'conv', None])
 @pytest.mark.parametrize(
   ('weights', 'activations', 'learned', 'order', 'channels'),
   [
@@ -165,16 +187,21 @@ def test_runtime_agrees_at_any_bits(
   np.testing.assert_array_equal(ours[:1], _run(model, images[:1]))
 
 
-def test_every_convolution_runs_in_integers(embedded, quantized, tmp_path):
-  folded = quantized(4, 4).integer()
+@pytest.mark.parametrize(('kind', 'adds'), [('embedded', 9), ('mobile', 1)])
+def test_every_convolution_runs_in_integers(quantized, tmp_path, kind, adds):
+  network = (
+    quantized(4, 4)
+    if kind == 'embedded'
+    else _student(_tiny(None), _bits(4, 4))
+  )
   optimized = tmp_path / 'optimized.onnx'
-  _session(onnx_layers.integer_model(folded, {}), optimized)
+  _session(onnx_layers.integer_model(network.integer(), {}), optimized)
   found = collections.Counter(
     node.op_type for node in onnx.load(optimized).graph.node
   )
-  assert found['QLinearConv'] == len(embedded.graph.batch_norms)
+  assert found['QLinearConv'] == len(network.graph.batch_norms)
   assert found['QGemm'] == 1
-  assert found['QLinearAdd'] == 9
+  assert found['QLinearAdd'] == adds
   assert found['QLinearGlobalAveragePool'] == 1
   # In float: nothing but the normalisation of pixels, up to one quantizer.
   assert not found.keys() & {'Conv', 'FusedConv', 'Gemm', 'MatMul', 'Relu'}
@@ -216,8 +243,9 @@ def test_float_twin_is_the_teacher(embedded, test_images):
 
 
 @pytest.mark.parametrize('order', ['rgb', 'bgr'])
-def test_float_twin_with_conv_shortcuts(order):
-  source = _tiny('conv', order)
+@pytest.mark.parametrize('shortcut', ['conv', None])
+def test_float_twin_with_other_layers(shortcut, order):
+  source = _tiny(shortcut, order)
   images = np.random.RandomState(1).randint(0, 256, (5, 9, 12, 3), np.uint8)
   model = onnx_layers.float_model(
     source.graph, source.variables, source.preprocessing, {}
@@ -279,6 +307,22 @@ def test_wide_sums_are_exact():
 
   np.testing.assert_array_equal(sums(frozenset([name])), expected)
   assert np.any(sums(frozenset()) != expected)
+
+
+def test_relu6_ends_the_codes():
+  source = _tiny(None)
+  large = source.variables['params']['stem']
+  large['scale'] = 9 * large['scale']  # so that six is exceeded
+  network = _student(source, _bits(8, 8))
+  folded = network.integer()
+  grid = folded.grids['stem']
+  assert grid.step * (grid.high + 0.5) > 6 > grid.step * (grid.high - 0.5)
+  assert folded.grids['max'] == grid  # on the grid of its input
+  images = np.random.RandomState(1).randint(0, 256, (99, 9, 12, 3), np.uint8)
+  fake = np.asarray(network.logits(images))
+  real = np.asarray(jax.jit(folded.logits)(images))
+  assert np.mean(fake.argmax(-1) == real.argmax(-1)) > 0.95
+  np.testing.assert_allclose(real, fake, atol=0.05 * np.std(fake))
 
 
 def test_wide_layers_are_found():

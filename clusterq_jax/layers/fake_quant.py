@@ -7,8 +7,6 @@ BatchNorm statistics are the teacher's, frozen; its gain and bias train.
 Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -166,17 +164,13 @@ def layer_set(
 
     return factory
 
-  def pad_shortcut(features, strides, name):
-    del name
-    return functools.partial(
-      float_layers.pad_channels, features=features, strides=strides
-    )
-
+  plain = float_layers.layer_set()
   return protocol.LayerSet(
     input=quantized(_Input),
     conv_bn=quantized(QuantConv),
     dense=quantized(QuantDense),
     add=quantized(_Add),
-    pad_shortcut=pad_shortcut,
+    pad_shortcut=plain.pad_shortcut,
+    max_pool=plain.max_pool,
     global_avg_pool=quantized(_GlobalAvgPool),
   )

@@ -17,10 +17,13 @@ from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.statistics import Moments, sample_moments
 
 BN_EPSILON = 1e-5
+RELU6 = 6.0
 _PRETRAIN_MOMENTUM = 0.9
 
 
 def activate(x: jax.Array, act: protocol.Activation) -> jax.Array:
+  if act == 'relu6':
+    return jnp.clip(x, 0, RELU6)
   return jax.nn.relu(x) if act == 'relu' else x
 
 
@@ -30,6 +33,15 @@ def pad_channels(x: jax.Array, features: int, strides: int) -> jax.Array:
   after = features - x.shape[-1] - before
   x = x[:, ::strides, ::strides]
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))
+
+
+def max_pool(
+  x: jax.Array, kernel: int, strides: int, padding: int
+) -> jax.Array:
+  """Square windows; padding on each side."""
+  return nn.max_pool(
+    x, (kernel, kernel), (strides, strides), ((padding, padding),) * 2
+  )
 
 
 class ConvBN(nn.Module):
@@ -113,13 +125,10 @@ def layer_set(train: bool = False, tap: bool = False) -> protocol.LayerSet:
     conv_bn=functools.partial(ConvBN, train=train, tap=tap),
     dense=Dense,
     add=no_weights(lambda x, y, act=None: activate(x + y, act)),
-    pad_shortcut=no_weights(_pad_shortcut),
+    pad_shortcut=no_weights(pad_channels),
+    max_pool=no_weights(max_pool),
     global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2))),
   )
-
-
-def _pad_shortcut(x, features, strides):
-  return pad_channels(x, features, strides)
 
 
 def ordered_moments(

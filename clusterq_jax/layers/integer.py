@@ -144,6 +144,15 @@ class Folded:
     channels = ((0, 0), (0, 0), (0, 0), (before, missing - before))
     return jnp.pad(x, channels, constant_values=zero)
 
+  def _max_pool(self, node, own, x):
+    del own
+    # uint8 has no minus infinity; padding takes the smallest code.
+    window = (1, node.kernel, node.kernel, 1)
+    strides = (1, node.strides, node.strides, 1)
+    pads = ((0, 0), (node.pads,) * 2, (node.pads,) * 2, (0, 0))
+    zero = np.uint8(0)
+    return lax.reduce_window(x, zero, lax.max, window, strides, pads)
+
   def _global_avg_pool(self, node, own, x):
     del own
     source, grid = self.grids[node.inputs[0]], self.grids[node.name]
@@ -168,10 +177,10 @@ def fold(
   tensors: dict[str, dict[str, np.ndarray]] = {}
   steps, factors, wide = {}, {}, set()
   for node in graph.nodes:
-    if node.op == 'pad_shortcut':
+    if node.moves:
       grids[node.name] = grids[node.inputs[0]]
     elif node.op != 'dense':
-      grids[node.name] = _grid(node.name, plan, student)
+      grids[node.name] = _grid(node, plan, student)
     if node.op == 'input':
       table = _input_table(grids[node.name], preprocessing)
       tensors[node.name] = {'table': table}
@@ -203,13 +212,15 @@ def fold(
   )
 
 
-def _grid(name: str, plan: Plan, student: Any) -> Grid:
-  output = plan.output(name)
-  assert output is not None, f'{name} has no quantizer'
+def _grid(node: Node, plan: Plan, student: Any) -> Grid:
+  output = plan.output(node.name)
+  assert output is not None, f'{node.name} has no quantizer'
   low, high = numerics.activation_range(output.bits, output.signed)
   step = output.step
   if step is None:
-    step = np.exp(np.float32(student['quant'][name]['output']))
+    step = np.exp(np.float32(student['quant'][node.name]['output']))
+  if node.act == 'relu6':
+    high = min(high, int(np.rint(np.float32(float_layers.RELU6) / step)))
   zero = 128 if output.signed else 0
   return Grid(np.float32(step), zero, zero + low, zero + high)
 

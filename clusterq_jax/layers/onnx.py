@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from clusterq_jax.data import Preprocessing
+from clusterq_jax.layers import float as float_layers
 from clusterq_jax.layers import integer
 from clusterq_jax.layers.protocol import Graph, Node
 
@@ -184,6 +185,17 @@ class _Emitter:
     inputs.append(self.constant(f'{name}/value', self.zero(node)))
     self.node('Pad', inputs, name)
 
+  def _max_pool(self, node: Node) -> None:
+    """Likewise."""
+    self.node(
+      'MaxPool',
+      [node.inputs[0]],
+      node.name,
+      kernel_shape=(node.kernel,) * 2,
+      strides=(node.strides,) * 2,
+      pads=(node.pads,) * 4,
+    )
+
 
 class _Float(_Emitter):
   def __init__(self, graph, variables, preprocessing):
@@ -195,8 +207,12 @@ class _Float(_Emitter):
     return tensor or node.inputs[i]
 
   def write(self, node, real):
-    op = 'Relu' if node.act == 'relu' else 'Identity'
-    self.node(op, [real], node.name)
+    if node.act == 'relu6':
+      ends = [self._shared(np.float32(end)) for end in (0, float_layers.RELU6)]
+      self.node('Clip', [real, *ends], node.name)
+    else:
+      op = 'Relu' if node.act == 'relu' else 'Identity'
+      self.node(op, [real], node.name)
 
   def weights(self, node):
     kernel, gain, bias = integer.folded_batch_norm(self.variables, node.name)

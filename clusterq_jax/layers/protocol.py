@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-Activation = Literal['relu'] | None
+Activation = Literal['relu', 'relu6'] | None
 Layer = Callable[..., Any]
 
 
@@ -31,9 +31,11 @@ class LayerSet:
       (x)`: convolution without bias, BatchNorm, activation.
     dense: `dense(features, name=)(x)`: x [B, C] to logits [B, features].
     add: `add(act, name=)(x, y)`: elementwise sum, then activation.
-    pad_shortcut: `pad_shortcut(features, strides, name=)(x)`: every
+    pad_shortcut: `pad_shortcut(features=, strides=, name=)(x)`: every
       `strides`-th pixel, channels zero-padded on both sides to `features`
       (the parameter-free shortcut, option A of He et al. 2015).
+    max_pool: `max_pool(kernel=, strides=, padding=, name=)(x)`: the largest
+      value of each window; padding is never the largest.
     global_avg_pool: `global_avg_pool(name=)(x)`: [B, H, W, C] to [B, C].
   """
 
@@ -42,6 +44,7 @@ class LayerSet:
   dense: Layer
   add: Layer
   pad_shortcut: Layer
+  max_pool: Layer
   global_avg_pool: Layer
 
 
@@ -55,8 +58,8 @@ class Node:
     inputs: names of the layers whose outputs it reads.
     act: activation applied to its output.
     features: channels of its output, where the layer chooses them.
-    kernel, strides, padding, groups: of a convolution, as in
-      `LayerSet.conv_bn`; `strides` also of a shortcut.
+    kernel, strides, padding, groups: of a convolution or pool, as in
+      `LayerSet`; `strides` also of a shortcut.
   """
 
   name: str
@@ -70,8 +73,13 @@ class Node:
   groups: int = 1
 
   @property
+  def moves(self) -> bool:
+    """Whether values only move: the output is on the input's grid."""
+    return self.op in ('pad_shortcut', 'max_pool')
+
+  @property
   def pads(self) -> int:
-    """Zeros on each side of a convolution's input."""
+    """Padding on each side of a convolution's or pool's input."""
     return self.kernel // 2 if self.padding is None else self.padding
 
 
@@ -100,7 +108,12 @@ class Graph:
     return tuple(n.name for n in self.nodes if n.op in ('conv_bn', 'dense'))
 
   def consumers(self, name: str) -> tuple[Node, ...]:
-    return tuple(n for n in self.nodes if name in n.inputs)
+    """The layers that compute with an output, moved or not."""
+    found: tuple[Node, ...] = ()
+    for node in self.nodes:
+      if name in node.inputs:
+        found += self.consumers(node.name) if node.moves else (node,)
+    return found
 
 
 def trace(build: Callable[[LayerSet], nn.Module]) -> Graph:

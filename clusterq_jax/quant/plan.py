@@ -99,8 +99,8 @@ def make_plan(
 
 def _output_bits(graph: Graph, node: Node, bits: Bits) -> int | None:
   feeds = {consumer.op for consumer in graph.consumers(node.name)}
-  if node.op in ('dense', 'pad_shortcut'):
-    return None  # logits; and a pad keeps its input's grid
+  if node.op == 'dense' or node.moves:
+    return None  # logits; and what only moves keeps its input's grid
   if node.op == 'input':
     return WIDE_BITS
   if 'conv_bn' in feeds:
@@ -111,7 +111,7 @@ def _output_bits(graph: Graph, node: Node, bits: Bits) -> int | None:
 
 
 def _signed(graph: Graph, node: Node) -> bool:
-  if node.op in ('global_avg_pool', 'pad_shortcut'):
+  if node.op == 'global_avg_pool' or node.moves:
     sources = [n for n in graph.nodes if n.name in node.inputs]
     return any(_signed(graph, source) for source in sources)
   return node.act is None
