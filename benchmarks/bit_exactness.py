@@ -1,0 +1,88 @@
+"""Does a runtime compute what our integer evaluation does, image by image?
+
+    python benchmarks/bit_exactness.py runs/mine [--images=FILE.npz]
+
+See README.md in this folder.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+
+from clusterq_jax import data, errors, evaluation, load_student
+
+BATCH = 250
+
+
+def in_batches(run, images):
+  """Logits [N, K] of images [N, ...], in batches of one size but the last."""
+  parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+  return np.concatenate([np.asarray(run(part)) for part in parts])
+
+
+def runtimes(file):
+  """Yields (name, images -> logits)."""
+  import onnxruntime
+
+  for mode in ('0', '1'):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry('session.x64quantprecision', mode)
+    session = onnxruntime.InferenceSession(
+      str(file), options, providers=['CPUExecutionProvider']
+    )
+    name = f'ONNX Runtime {onnxruntime.__version__}, x64quantprecision={mode}'
+    yield name, lambda x, s=session: s.run(None, {'images': x})[0]
+  try:
+    import openvino as ov
+  except ImportError:
+    return
+  compiled = ov.Core().compile_model(str(file), 'CPU')
+  yield f'OpenVINO {ov.__version__.split("-")[0]}', lambda x: compiled(x)[0]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('workdir', type=pathlib.Path)
+  parser.add_argument(
+    '--images', help='npz of images and labels; Fashion-MNIST test unless given'
+  )
+  args = parser.parse_args()
+  try:
+    student = load_student(args.workdir)
+    if args.images:
+      images = data.read_npz(args.images)
+    else:
+      images = data.read_fashion_mnist(data.ASSETS, 't10k')
+    folded = student.integer()
+  except errors.InputError as e:
+    parser.error(str(e))
+  file = args.workdir / 'export' / 'integer.onnx'
+  if not file.exists():
+    parser.error(f'{file}: not there; expected what --mode=export writes')
+
+  def top1(classes):
+    return evaluation.percent(classes == images.labels)
+
+  ours = in_batches(jax.jit(folded.logits), images.images)
+  classes = ours.argmax(-1)
+  fake = in_batches(jax.jit(student.logits), images.images).argmax(-1)
+  print(
+    f'{args.workdir}, {len(ours)} images: top-1 {top1(fake):.2f} fake-quant, '
+    f'{top1(classes):.2f} integer; they agree on '
+    f'{evaluation.percent(fake == classes):.2f} %'
+  )
+  for name, run in runtimes(file):
+    theirs = in_batches(run, images.images)
+    same = np.all(ours == theirs, -1)
+    agree = evaluation.percent(theirs.argmax(-1) == classes)
+    print(
+      f'{name}: logits equal on {same.sum()} of {len(same)} images, largest '
+      f'difference {np.abs(ours - theirs).max():.3g}; same class on '
+      f'{agree:.2f} %; top-1 {top1(theirs.argmax(-1)):.2f}'
+    )
+
+
+if __name__ == '__main__':
+  main()
