@@ -163,11 +163,12 @@ def test_kernel_order_by_hand():
       for o in range(2)
     ]
   )
-  flax_order = layouts.LAYOUTS[0].to_flax(torch_order)
+  akamaster, _, own = layouts.LAYOUTS['cifar_resnet']
+  flax_order = akamaster.to_flax(torch_order)
   assert flax_order.shape == (4, 5, 3, 2)
   assert flax_order[3, 4, 2, 1] == 1234
   assert flax_order[1, 0, 2, 0] == 210
-  assert layouts.LAYOUTS[2].to_flax(flax_order)[3, 4, 2, 1] == 1234
+  assert own.to_flax(flax_order)[3, 4, 2, 1] == 1234
 
 
 @pytest.mark.parametrize('conv_shortcut', [False, True])
@@ -220,8 +221,8 @@ def test_own_format_round_trip(tmp_path, weights):
 
 
 def test_unknown_arch(weights):
-  with pytest.raises(InputError, match="'resnet50'.*resnet110"):
-    layouts.load(weights, 'resnet50')
+  with pytest.raises(InputError, match="'resnet51'.*resnet110"):
+    layouts.load(weights, 'resnet51')
 
 
 @pytest.mark.parametrize('rename', [dict, _pytorchcv])
@@ -282,7 +283,7 @@ def test_missing_entry_that_decides_an_option(weights, key):
 def test_foreign_layout(weights):
   state = {f'blocks.{n}.running_mean': np.ones(3, np.float32) for n in (1, 2)}
   message = _refusal(layouts.load, _save(weights, state), 'resnet20')
-  assert 'no known layout (blocks.1.running_mean' in message
+  assert 'no layout known for resnet20 (blocks.1.running_mean' in message
   assert 'akamaster, pytorchcv, clusterq' in message
 
 

@@ -83,9 +83,10 @@ class QuantConv(_Quantized):
   features: int = 0
   kernel: int = 1
   strides: int = 1
-  padding: int | None = None
+  padding: protocol.Padding = None
   groups: int = 1
   act: protocol.Activation = None
+  epsilon: float = protocol.EPSILON
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -97,11 +98,10 @@ class QuantConv(_Quantized):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
     var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
-    padding = self.kernel // 2 if self.padding is None else self.padding
     h = convolution.conv2d(
-      x, self.quantize_weights(kernel), self.strides, padding, self.groups
+      x, self.quantize_weights(kernel), self.strides, self.padding, self.groups
     )
-    gain = scale * jax.lax.rsqrt(var.value + float_layers.BN_EPSILON)
+    gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
     h = h * gain + (bias - mean.value * gain)
     return self.quantize_output(float_layers.activate(h, self.act))
 

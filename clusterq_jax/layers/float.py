@@ -16,7 +16,6 @@ from flax import linen as nn
 from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.statistics import Moments, sample_moments
 
-BN_EPSILON = 1e-5
 RELU6 = 6.0
 _PRETRAIN_MOMENTUM = 0.9
 
@@ -54,9 +53,10 @@ class ConvBN(nn.Module):
   features: int
   kernel: int
   strides: int = 1
-  padding: int | None = None
+  padding: protocol.Padding = None
   groups: int = 1
   act: protocol.Activation = None
+  epsilon: float = protocol.EPSILON
   train: bool = False
   tap: bool = False
 
@@ -70,8 +70,7 @@ class ConvBN(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
     var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
-    padding = self.kernel // 2 if self.padding is None else self.padding
-    h = convolution.conv2d(x, kernel, self.strides, padding, self.groups)
+    h = convolution.conv2d(x, kernel, self.strides, self.padding, self.groups)
     if self.tap:
       self.sow(
         'moments',
@@ -86,7 +85,7 @@ class ConvBN(nn.Module):
       if not self.is_initializing():
         for stored, new in ((mean, m), (var, v)):
           stored.value += (1 - _PRETRAIN_MOMENTUM) * (new - stored.value)
-    gain = scale * jax.lax.rsqrt(v + BN_EPSILON)
+    gain = scale * jax.lax.rsqrt(v + self.epsilon)
     return activate(h * gain + (bias - m * gain), self.act)
 
 

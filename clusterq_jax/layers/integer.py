@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from clusterq_jax.data import Preprocessing
+from clusterq_jax.layers import convolution
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.layers.protocol import Graph, Node
 from clusterq_jax.quant import numerics
@@ -116,11 +117,10 @@ class Folded:
 
   def _conv_bn(self, node, own, x):
     convolve = functools.partial(
-      lax.conv_general_dilated,
-      window_strides=(node.strides, node.strides),
-      padding=[(node.pads, node.pads)] * 2,
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      feature_group_count=node.groups,
+      convolution.convolve,
+      strides=node.strides,
+      pads=convolution.explicit(x, node.kernel, node.strides, node.padding),
+      groups=node.groups,
       precision=lax.Precision.HIGHEST,
     )
     sums = self._sums(node, own, x, convolve)
@@ -149,7 +149,8 @@ class Folded:
     # uint8 has no minus infinity; padding takes the smallest code.
     window = (1, node.kernel, node.kernel, 1)
     strides = (1, node.strides, node.strides, 1)
-    pads = ((0, 0), (node.pads,) * 2, (node.pads,) * 2, (0, 0))
+    pads = convolution.explicit(x, node.kernel, node.strides, node.padding)
+    pads = ((0, 0), *pads, (0, 0))
     zero = np.uint8(0)
     return lax.reduce_window(x, zero, lax.max, window, strides, pads)
 
@@ -191,9 +192,7 @@ def fold(
     elif node.op in ('conv_bn', 'dense'):
       source = grids[node.inputs[0]]
       bits = plan.weight_bits(node.name)
-      codes, bias, step, factor = _fold_weights(
-        node.name, student, bits, source
-      )
+      codes, bias, step, factor = _fold_weights(node, student, bits, source)
       multiplier = source.step * step
       if node.op == 'conv_bn':
         multiplier = multiplier / grids[node.name].step
@@ -254,18 +253,18 @@ def _add_table(a: Grid, b: Grid, out: Grid) -> np.ndarray:
   return np.clip(np.rint(x), out.low, out.high).astype(np.uint8)
 
 
-def folded_batch_norm(variables: Any, name: str):
+def folded_batch_norm(variables: Any, node: Node):
   """What a layer with weights computes: kernel * x * gain + bias.
 
   Args:
     variables: {'params', 'batch_stats'}.
-    name: of the layer.
+    node: the layer.
 
   Returns:
     kernel float32 [..., O], gain float64 [O], bias float64 [O]; the gain of a
     layer without BatchNorm is one.
   """
-  params = variables['params'][name]
+  params = variables['params'][node.name]
   kernel = np.asarray(params['kernel'])
   bias = np.asarray(params['bias'], np.float64)
   if 'scale' not in params:
@@ -273,20 +272,20 @@ def folded_batch_norm(variables: Any, name: str):
   mean, var, scale = (
     np.asarray(array, np.float64)
     for array in (
-      variables['batch_stats'][name]['mean'],
-      variables['batch_stats'][name]['var'],
+      variables['batch_stats'][node.name]['mean'],
+      variables['batch_stats'][node.name]['var'],
       params['scale'],
     )
   )
-  gain = scale / np.sqrt(var + float_layers.BN_EPSILON)
+  gain = scale / np.sqrt(var + node.epsilon)
   return kernel, gain, bias - mean * gain
 
 
-def _fold_weights(name: str, student: Any, bits: int, source: Grid):
+def _fold_weights(node: Node, student: Any, bits: int, source: Grid):
   """Weight codes int8, bias int32 [O], step float32 [O], factor."""
-  kernel, gain, bias = folded_batch_norm(student, name)
+  kernel, gain, bias = folded_batch_norm(student, node)
   low, high = numerics.weight_range(bits)
-  log_step = student['quant'].get(name, {}).get('weights')
+  log_step = student['quant'].get(node.name, {}).get('weights')
   if log_step is None:
     axes = tuple(range(kernel.ndim - 1))
     step = np.asarray(numerics.max_step(kernel, high, axes))

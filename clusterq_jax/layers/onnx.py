@@ -148,7 +148,7 @@ class _Emitter:
       inputs,
       f'{node.name}/real',
       strides=(node.strides, node.strides),
-      pads=(node.pads,) * 4,
+      **_padding(node),
       group=node.groups,
     )
     self.write(node, real)
@@ -193,7 +193,7 @@ class _Emitter:
       node.name,
       kernel_shape=(node.kernel,) * 2,
       strides=(node.strides,) * 2,
-      pads=(node.pads,) * 4,
+      **_padding(node),
     )
 
 
@@ -215,7 +215,7 @@ class _Float(_Emitter):
       self.node(op, [real], node.name)
 
   def weights(self, node):
-    kernel, gain, bias = integer.folded_batch_norm(self.variables, node.name)
+    kernel, gain, bias = integer.folded_batch_norm(self.variables, node)
     return [
       self.constant(
         f'{node.name}/weight', _transposed((kernel * gain).astype(np.float32))
@@ -295,6 +295,13 @@ class _Integer(_Emitter):
 
   def zero(self, node):
     return np.uint8(self.folded.grids[node.name].zero)
+
+
+def _padding(node: Node) -> dict[str, Any]:
+  if node.padding == 'same':
+    return {'auto_pad': 'SAME_UPPER'}
+  side = node.kernel // 2 if node.padding is None else node.padding
+  return {'pads': (side,) * 4}
 
 
 def _transposed(kernel: np.ndarray) -> np.ndarray:

@@ -18,7 +18,11 @@ from typing import Any, Literal
 from flax import linen as nn
 
 Activation = Literal['relu', 'relu6'] | None
+# int: on each side; 'same': TensorFlow's, which may be one more at the end;
+# None: half the kernel on each side.
+Padding = int | Literal['same'] | None
 Layer = Callable[..., Any]
+EPSILON = 1e-5  # of BatchNorm, torch's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +31,8 @@ class LayerSet:
 
   Attributes:
     input: `input(name=)(x)`: entry of the network, x [B, H, W, C].
-    conv_bn: `conv_bn(features, kernel, strides, padding, groups, act, name=)
-      (x)`: convolution without bias, BatchNorm, activation.
+    conv_bn: `conv_bn(features, kernel, strides, padding, groups, act, epsilon,
+      name=)(x)`: convolution without bias, BatchNorm, activation.
     dense: `dense(features, name=)(x)`: x [B, C] to logits [B, features].
     add: `add(act, name=)(x, y)`: elementwise sum, then activation.
     pad_shortcut: `pad_shortcut(features=, strides=, name=)(x)`: every
@@ -60,6 +64,7 @@ class Node:
     features: channels of its output, where the layer chooses them.
     kernel, strides, padding, groups: of a convolution or pool, as in
       `LayerSet`; `strides` also of a shortcut.
+    epsilon: of a convolution's BatchNorm.
   """
 
   name: str
@@ -69,18 +74,14 @@ class Node:
   features: int | None = None
   kernel: int = 1
   strides: int = 1
-  padding: int | None = None
+  padding: Padding = None
   groups: int = 1
+  epsilon: float = EPSILON
 
   @property
   def moves(self) -> bool:
     """Whether values only move: the output is on the input's grid."""
     return self.op in ('pad_shortcut', 'max_pool')
-
-  @property
-  def pads(self) -> int:
-    """Padding on each side of a convolution's or pool's input."""
-    return self.kernel // 2 if self.padding is None else self.padding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,108 @@
-"""Architectures by name."""
+"""Architectures by name, and what weights for them usually expect."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import protocol
-from clusterq_jax.models import resnet
+from clusterq_jax.models import imagenet_resnet, mobile, resnet
 
 Builder = Callable[[protocol.LayerSet], nn.Module]
 
-_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-  f'resnet{depth}': functools.partial(resnet.CifarResNet, depth=depth)
-  for depth in (8, 20, 32, 44, 56, 110)
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """A network that weights can be loaded into.
+
+  Attributes:
+    family: key of its weight layouts, `weights/layouts.py`.
+    network: makes it, from `layers` and options such as `num_classes`.
+    image_size: height and width that published weights were trained at.
+    preprocessing: of published weights, `data.Preprocessing` by field; empty
+      where there is no such convention.
+  """
+
+  family: str
+  network: Callable[..., nn.Module]
+  image_size: tuple[int, int]
+  preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+# Pixels 0..255 as (x - 127) / 128.
+_LITE = {'mean': (127.0,) * 3, 'std': (128.0,) * 3, 'pixel_range': 255.0}
+
+_ARCHITECTURES = {
+  **{
+    f'resnet{depth}': Architecture(
+      'cifar_resnet',
+      functools.partial(resnet.CifarResNet, depth=depth),
+      (32, 32),
+    )
+    for depth in (8, 20, 32, 44, 56, 110)
+  },
+  **{
+    f'resnet{depth}': Architecture(
+      'resnet',
+      functools.partial(imagenet_resnet.ResNet, depth=depth),
+      (224, 224),
+      _IMAGENET,
+    )
+    for depth in imagenet_resnet.BLOCKS
+  },
+  # pytorchcv's name for what torchvision calls resnet50.
+  'resnet50b': Architecture(
+    'resnet',
+    functools.partial(imagenet_resnet.ResNet, depth=50),
+    (224, 224),
+    _IMAGENET,
+  ),
+  'mobilenet_v2': Architecture(
+    'mobilenet_v2',
+    functools.partial(mobile.MobileNet, stages=mobile.MOBILENET_V2),
+    (224, 224),
+    _IMAGENET,
+  ),
+  **{
+    f'efficientnet_lite{i}': Architecture(
+      'efficientnet_lite',
+      functools.partial(
+        mobile.MobileNet, stages=stages, padding='same', epsilon=1e-3
+      ),
+      (side, side),
+      _LITE,
+    )
+    for i, (stages, side) in enumerate(
+      zip(mobile.EFFICIENTNET_LITE, (224, 240, 260, 280, 300), strict=True)
+    )
+  },
 }
 
 
-def names() -> tuple[str, ...]:
-  return tuple(_ARCHITECTURES)
+def names(family: str | None = None) -> tuple[str, ...]:
+  """All architectures, or those of a family."""
+  return tuple(
+    name
+    for name, architecture in _ARCHITECTURES.items()
+    if family in (None, architecture.family)
+  )
+
+
+def architecture(arch: str) -> Architecture:
+  """The architecture of that name.
+
+  Raises:
+    InputError: there is none.
+  """
+  if arch not in _ARCHITECTURES:
+    raise InputError(
+      f'teacher.arch={arch!r} is not known; known are {", ".join(names())}'
+    )
+  return _ARCHITECTURES[arch]
 
 
 def builder(arch: str, **options) -> Builder:
@@ -26,13 +110,10 @@ def builder(arch: str, **options) -> Builder:
 
   Args:
     arch: a name from `names()`.
-    **options: fields of the architecture, such as `num_classes`.
+    **options: fields of the network, such as `num_classes`.
 
   Raises:
     InputError: no such architecture.
   """
-  if arch not in _ARCHITECTURES:
-    raise InputError(
-      f'teacher.arch={arch!r} is not known; known are {", ".join(names())}'
-    )
-  return lambda layers: _ARCHITECTURES[arch](layers=layers, **options)
+  network = architecture(arch).network
+  return lambda layers: network(layers=layers, **options)

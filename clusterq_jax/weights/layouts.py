@@ -1,20 +1,25 @@
 """How each source names and orders a network's tensors, and the strict check.
 
-One table per source: from our layer names to the source's prefixes. What a file
-must hold is read off the architecture's own definition, given three facts found
-in the file (input channels, classes, kind of shortcut); whatever is missing,
-left over or of another shape is reported in one line.
+One table per source and family of architectures: from our layer names to the
+source's prefixes. What a file must hold is read off the architecture's own
+definition, given a few facts found in the file (input channels, classes, kind
+of shortcut); whatever is missing, left over or of another shape is reported in
+one line.
 
-Sources: github.com/akamaster/pytorch_resnet_cifar10, github.com/osmr/imgclsmob
-(`pytorchcv`), and this package's own safetensors files.
+Sources: github.com/akamaster/pytorch_resnet_cifar10, torchvision (timm's
+ResNets have its names), github.com/huggingface/pytorch-image-models (`timm`),
+github.com/osmr/imgclsmob (`pytorchcv`), PyPI `efficientnet-lite-pytorch`, and
+this package's own safetensors files.
 
 Left out: guessing. A file that fits no table exactly is refused.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,13 +32,7 @@ from clusterq_jax.weights import files
 
 FORMAT = 'clusterq-jax teacher 1'
 
-_STEM = 'stem'
-_CONV1 = 'stage{s}_block{b}_conv1'
-_CONV2 = 'stage{s}_block{b}_conv2'
-_SHORTCUT = 'stage{s}_block{b}_shortcut'
-_CLASSIFIER = 'classifier'
-_TEMPLATES = {'conv1': _CONV1, 'conv2': _CONV2, 'shortcut': _SHORTCUT}
-
+_STEM, _CLASSIFIER = 'stem', 'classifier'
 _COLLECTIONS = {
   'kernel': 'params',
   'scale': 'params',
@@ -53,15 +52,18 @@ _OWN_LEAVES = {k: f'{c}/{{conv}}/{k}' for k, c in _COLLECTIONS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """A layer of an architecture: its name is `template` filled with (s, b)."""
+  """A layer with weights.
 
-  template: str
-  kernel: tuple[int | None, ...]  # Flax order; None where the file has no say.
-  s: int = 0
-  b: int = 1
+  Attributes:
+    name: of the layer, in our architecture.
+    kernel: shape, in Flax order; None where the file has the say.
+    block: number of its residual block, from 1; 0 outside of blocks.
+    depthwise: whether each channel has a kernel of its own.
+  """
 
-  def fill(self, template: str) -> str:
-    return template.format(s=self.s, b=self.b, i=self.b - 1)
+  name: str
+  kernel: tuple[int | None, ...]
+  block: int = 0
 
   @property
   def shapes(self) -> dict[str, tuple[int | None, ...]]:
@@ -78,28 +80,52 @@ class Layout:
 
   Attributes:
     name: the source.
-    rows: template of our layer name -> (prefix of its convolution or dense
-      layer, prefix of its BatchNorm, or of its bias where there is none), with
-      the fields {s} stage from 1, {b} block from 1, {i} block from 0.
+    rows: a layer's name, or what it is called after its block's name -> (prefix
+      of its convolution or dense layer, prefix of its BatchNorm, or of its bias
+      where there is none), with the fields {n}, number of the block from 1,
+      {m} from 0; {s} stage from 1, {r} from 0; {b} block in the stage from 1,
+      {i} from 0.
     leaves: leaf of a Flax layer -> name in the file, from {conv} and {bn}.
+    stages: blocks in each stage, where the source counts other stages than we.
     torch_order: kernels are [cout, cin, kh, kw] and [cout, cin].
+    options: fields of architectures that the source decides.
+    conv_classifier: the classifier is a 1x1 convolution without bias.
   """
 
   name: str
   rows: Mapping[str, tuple[str, str]]
-  leaves: Mapping[str, str]
+  leaves: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: _TORCH_LEAVES
+  )
+  stages: tuple[int, ...] = ()
   torch_order: bool = True
+  options: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  conv_classifier: bool = False
 
   def key(self, layer: Layer, leaf: str) -> str:
     """The name of one tensor of a layer in a file of this layout."""
-    conv, bn = map(layer.fill, self.rows[layer.template])
+    found = re.fullmatch(r'stage(\d+)_block(\d+)_(\w+)', layer.name)
+    fields: dict[str, int] = {}
+    row = layer.name
+    if found:
+      s, b = int(found[1]), int(found[2])
+      if self.stages:
+        s, b = _place(layer.block, self.stages)
+      fields = {'s': s, 'r': s - 1, 'b': b, 'i': b - 1}
+      fields |= {'n': layer.block, 'm': layer.block - 1}
+      row = layer.name if layer.name in self.rows else found[3]
+    if not self.rows:  # our own names
+      return self.leaves[leaf].format(conv=layer.name)
+    conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
     return self.leaves[leaf].format(conv=conv, bn=bn)
 
-  def matches(self, keys: Iterable[str], template: str | None = None) -> int:
-    """Counts the keys that this layout (or one row of it) could have made."""
-    rows = [self.rows[template]] if template else self.rows.values()
+  def matches(self, keys: Iterable[str]) -> int:
+    """Counts the keys that this layout could have made."""
+    rows = self.rows.values() or [(r'{n}', r'{n}')]
     patterns = [
-      re.sub(r'\\\{\w\\\}', r'\\d+', re.escape(leaf.format(conv=conv, bn=bn)))
+      re.sub(r'\\\{\w\\\}', r'\\w+', re.escape(leaf.format(conv=conv, bn=bn)))
       for conv, bn in rows
       for leaf in self.leaves.values()
     ]
@@ -119,45 +145,142 @@ class Layout:
     return np.ascontiguousarray(value)
 
 
-LAYOUTS = (
-  Layout(
-    name='akamaster',
-    rows={
-      _STEM: ('conv1', 'bn1'),
-      _CONV1: ('layer{s}.{i}.conv1', 'layer{s}.{i}.bn1'),
-      _CONV2: ('layer{s}.{i}.conv2', 'layer{s}.{i}.bn2'),
-      _SHORTCUT: ('layer{s}.0.shortcut.0', 'layer{s}.0.shortcut.1'),
-      _CLASSIFIER: ('linear', 'linear'),
-    },
-    leaves=_TORCH_LEAVES,
+def _place(block: int, stages: tuple[int, ...]) -> tuple[int, int]:
+  """Stage and place in it, from 1, of a block."""
+  for stage, blocks in enumerate(stages, 1):
+    if block <= blocks:
+      return stage, block
+    block -= blocks
+  return len(stages), block + stages[-1]
+
+
+def _pytorchcv(
+  rows: Mapping[str, str], extra: Mapping[str, str] | None = None, **others
+) -> Layout:
+  """Unit by unit: a convolution is `x.conv`, its BatchNorm `x.bn`."""
+  unit = 'features.stage{s}.unit{b}.'
+  pairs = {
+    name: (f'{prefix}.conv', f'{prefix}.bn')
+    for name, prefix in {
+      _STEM: 'features.init_block',
+      **{name: unit + row for name, row in rows.items()},
+      **(extra or {}),
+    }.items()
+  }
+  pairs[_CLASSIFIER] = ('output', 'output')
+  return Layout('pytorchcv', pairs, **others)
+
+
+def _torchvision(rows: Mapping[str, tuple[str, str]], **others) -> Layout:
+  block = 'layer{s}.{i}.'
+  pairs = {
+    name: (block + conv, block + bn) for name, (conv, bn) in rows.items()
+  }
+  pairs |= {_STEM: ('conv1', 'bn1'), _CLASSIFIER: ('fc', 'fc')}
+  return Layout('torchvision', pairs, **others)
+
+
+_CONVS = {f'conv{i}': (f'conv{i}', f'bn{i}') for i in (1, 2, 3)}
+_OWN = Layout('clusterq', {}, _OWN_LEAVES, torch_order=False)
+# The first layout is named where a file fits none.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+  'cifar_resnet': (
+    Layout(
+      'akamaster',
+      {
+        _STEM: ('conv1', 'bn1'),
+        'conv1': ('layer{s}.{i}.conv1', 'layer{s}.{i}.bn1'),
+        'conv2': ('layer{s}.{i}.conv2', 'layer{s}.{i}.bn2'),
+        'shortcut': ('layer{s}.0.shortcut.0', 'layer{s}.0.shortcut.1'),
+        _CLASSIFIER: ('linear', 'linear'),
+      },
+    ),
+    _pytorchcv(
+      {
+        'conv1': 'body.conv1',
+        'conv2': 'body.conv2',
+        'shortcut': 'identity_conv',
+      }
+    ),
+    _OWN,
   ),
-  Layout(
-    name='pytorchcv',
-    rows={
-      _STEM: ('features.init_block.conv', 'features.init_block.bn'),
-      _CONV1: (
-        'features.stage{s}.unit{b}.body.conv1.conv',
-        'features.stage{s}.unit{b}.body.conv1.bn',
-      ),
-      _CONV2: (
-        'features.stage{s}.unit{b}.body.conv2.conv',
-        'features.stage{s}.unit{b}.body.conv2.bn',
-      ),
-      _SHORTCUT: (
-        'features.stage{s}.unit1.identity_conv.conv',
-        'features.stage{s}.unit1.identity_conv.bn',
-      ),
-      _CLASSIFIER: ('output', 'output'),
-    },
-    leaves=_TORCH_LEAVES,
+  'resnet': (
+    _torchvision({**_CONVS, 'shortcut': ('downsample.0', 'downsample.1')}),
+    _pytorchcv(
+      {
+        **{name: f'body.{name}' for name in _CONVS},
+        'shortcut': 'identity_conv',
+      },
+      extra={_STEM: 'features.init_block.conv'},
+      # Its resnet50b is torchvision's.
+      options={'resnet50': {'stride_first': True}},
+    ),
+    _OWN,
   ),
-  Layout(
-    name='clusterq',
-    rows={t: (t, t) for t in (_STEM, _CONV1, _CONV2, _SHORTCUT, _CLASSIFIER)},
-    leaves=_OWN_LEAVES,
-    torch_order=False,
+  'mobilenet_v2': (
+    Layout(
+      'torchvision',
+      {
+        _STEM: ('features.0.0', 'features.0.1'),
+        'stage1_block1_depthwise': (
+          'features.{n}.conv.0.0',
+          'features.{n}.conv.0.1',
+        ),
+        'stage1_block1_project': ('features.{n}.conv.1', 'features.{n}.conv.2'),
+        'expand': ('features.{n}.conv.0.0', 'features.{n}.conv.0.1'),
+        'depthwise': ('features.{n}.conv.1.0', 'features.{n}.conv.1.1'),
+        'project': ('features.{n}.conv.2', 'features.{n}.conv.3'),
+        'head': ('features.18.0', 'features.18.1'),
+        _CLASSIFIER: ('classifier.1', 'classifier.1'),
+      },
+    ),
+    Layout(
+      'timm',
+      {
+        _STEM: ('conv_stem', 'bn1'),
+        'stage1_block1_depthwise': (
+          'blocks.{r}.{i}.conv_dw',
+          'blocks.{r}.{i}.bn1',
+        ),
+        'stage1_block1_project': (
+          'blocks.{r}.{i}.conv_pw',
+          'blocks.{r}.{i}.bn2',
+        ),
+        'expand': ('blocks.{r}.{i}.conv_pw', 'blocks.{r}.{i}.bn1'),
+        'depthwise': ('blocks.{r}.{i}.conv_dw', 'blocks.{r}.{i}.bn2'),
+        'project': ('blocks.{r}.{i}.conv_pwl', 'blocks.{r}.{i}.bn3'),
+        'head': ('conv_head', 'bn2'),
+        _CLASSIFIER: ('classifier', 'classifier'),
+      },
+    ),
+    _pytorchcv(
+      {
+        'expand': 'conv1',
+        'depthwise': 'conv2',
+        'project': 'conv3',
+      },
+      extra={'head': 'features.final_block'},
+      stages=(1, 2, 3, 7, 4),
+      options={'mobilenet_v2': {'expand_first': True}},
+      conv_classifier=True,
+    ),
+    _OWN,
   ),
-)
+  'efficientnet_lite': (
+    Layout(
+      'efficientnet-lite-pytorch',
+      {
+        _STEM: ('_conv_stem', '_bn0'),
+        'expand': ('_blocks.{m}._expand_conv', '_blocks.{m}._bn0'),
+        'depthwise': ('_blocks.{m}._depthwise_conv', '_blocks.{m}._bn1'),
+        'project': ('_blocks.{m}._project_conv', '_blocks.{m}._bn2'),
+        'head': ('_conv_head', '_bn1'),
+        _CLASSIFIER: ('_fc', '_fc'),
+      },
+    ),
+    _OWN,
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +316,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
       variance.
   """
   path = os.fspath(path)
-  if arch not in registry.names():
-    raise InputError(
-      f'no weights for arch {arch!r}, expected {", ".join(registry.names())}'
-    )
+  layouts = LAYOUTS[registry.architecture(arch).family]
   tensors, metadata = files.read_tensors(path)
   if not any(re.search(r'(\.running_|/)mean$', key) for key in tensors):
     raise InputError(
@@ -204,17 +324,20 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
       f'{len(tensors)} tensors); the method needs a teacher with BatchNorm '
       f'statistics'
     )
-  layout = max(LAYOUTS, key=lambda layout: layout.matches(tensors))
+  layout = max(layouts, key=lambda layout: layout.matches(tensors))
   if 2 * layout.matches(tensors) < len(tensors):
     raise InputError(
-      f'{path}: found tensors of no known layout ({files.names(tensors, 3)}), '
-      f'expected one of {", ".join(layout.name for layout in LAYOUTS)}'
+      f'{path}: found tensors of no layout known for {arch} '
+      f'({files.names(tensors, 3)}), '
+      f'expected one of {", ".join(layout.name for layout in layouts)}'
     )
   if not layout.torch_order:
     _check_metadata(path, metadata, arch)
-  options = _options(layout, tensors)
-  layers = _layers(arch, **options)
-  _check(path, arch, layout, layers, options, tensors)
+  if layout.conv_classifier:
+    tensors = _as_dense(layout, tensors)
+  in_channels, options = _options(arch, layout, tensors, metadata)
+  layers = _layers(arch, in_channels, **options)
+  _check(path, arch, layout, in_channels, options, tensors)
   variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
     'params': {},
     'batch_stats': {},
@@ -223,49 +346,79 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
     for leaf in layer.shapes:
       value = layout.to_flax(tensors[layout.key(layer, leaf)])
       group = variables[_COLLECTIONS[leaf]]
-      group.setdefault(layer.fill(layer.template), {})[leaf] = value
+      group.setdefault(layer.name, {})[leaf] = value
   bn = variables['batch_stats'].values()
   count = sum(v.size for p in variables['params'].values() for v in p.values())
+  details = [
+    f'{in_channels} input channels',
+    f'{options["num_classes"]} classes',
+  ]
+  details += [
+    f'{name.replace("_", " ")} {value}'
+    for name, value in options.items()
+    if name != 'num_classes'
+  ]
   report = (
-    f'{path}: {arch} in the {layout.name} layout, {options["in_channels"]} '
-    f'input channels, {options["num_classes"]} classes, {options["shortcut"]} '
-    f'shortcuts; {count:,} parameters, {len(bn)} BatchNorm layers with '
+    f'{path}: {arch} in the {layout.name} layout, {", ".join(details)}; '
+    f'{count:,} parameters, {len(bn)} BatchNorm layers with '
     f'{sum(s["mean"].size for s in bn):,} channels.'
   )
-  return Loaded(variables, options, metadata, layout.name, report)
-
-
-def _layers(
-  arch: str,
-  in_channels: int | None,
-  num_classes: int | None,
-  shortcut: str,
-) -> list[Layer]:
-  """The layers of an architecture, as its own definition has them."""
-  build = registry.builder(
-    arch, num_classes=num_classes or 1, shortcut=shortcut
+  return Loaded(
+    variables,
+    {'in_channels': in_channels, **options},
+    metadata,
+    layout.name,
+    report,
   )
+
+
+@functools.cache
+def _layers(arch: str, in_channels: int | None, **options) -> list[Layer]:
+  """The layers of an architecture, as its own definition has them."""
+  classes = options.pop('num_classes')
+  build = registry.builder(arch, num_classes=classes or 1, **options)
   network = build(float_layers.layer_set())
-  images = jax.ShapeDtypeStruct((1, 32, 32, in_channels or 1), np.float32)
+  images = jax.ShapeDtypeStruct((1, 64, 64, in_channels or 1), np.float32)
   params = jax.eval_shape(network.init, jax.random.key(0), images)['params']
-  layers = []
+  layers: list[Layer] = []
+  blocks: list[str] = []
   for name in protocol.trace(build).weighted:
     shape: tuple[int | None, ...] = params[name]['kernel'].shape
     if name == _STEM:
       shape = (*shape[:2], in_channels, shape[3])
     if name == _CLASSIFIER:
-      shape = (shape[0], num_classes)
-    found = re.fullmatch(r'stage(\d+)_block(\d+)_(\w+)', name)
-    if found:
-      s, b, kind = found.groups()
-      layers.append(Layer(_TEMPLATES[kind], shape, int(s), int(b)))
-    else:
-      layers.append(Layer(name, shape))
+      shape = (shape[0], classes)
+    found = re.match(r'stage\d+_block\d+', name)
+    if found and found[0] not in blocks:
+      blocks.append(found[0])
+    block = blocks.index(found[0]) + 1 if found else 0
+    layers.append(Layer(name, shape, block))
   return layers
 
 
-def _options(layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict:
-  """What the file itself decides; None where the deciding tensor is missing."""
+def _as_dense(
+  layout: Layout, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  classifier = Layer(_CLASSIFIER, (None,) * 2)
+  kernel, bias = (layout.key(classifier, leaf) for leaf in ('kernel', 'bias'))
+  tensors = dict(tensors)
+  found = tensors.get(kernel)
+  if found is not None and found.shape[2:] == (1, 1) and bias not in tensors:
+    tensors[kernel] = found[:, :, 0, 0]
+    tensors[bias] = np.zeros(len(found), np.float32)
+  return tensors
+
+
+def _options(
+  arch: str,
+  layout: Layout,
+  tensors: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str],
+) -> tuple[int | None, dict[str, Any]]:
+  """Input channels and fields of the architecture, as the file decides them.
+
+  None where the deciding tensor is missing.
+  """
 
   def dim(layer: Layer, axis: int) -> int | None:
     value = tensors.get(layout.key(layer, 'kernel'))
@@ -273,12 +426,23 @@ def _options(layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict:
       return None
     return layout.to_flax(value).shape[axis]
 
-  conv = layout.matches(tensors, _SHORTCUT)
-  return {
-    'in_channels': dim(Layer(_STEM, (None,) * 4), 2),
+  options: dict[str, Any] = {
     'num_classes': dim(Layer(_CLASSIFIER, (None,) * 2), 1),
-    'shortcut': 'conv' if conv else 'pad',
+    **layout.options.get(arch, {}),
   }
+  family = registry.architecture(arch).family
+  if family == 'cifar_resnet':
+    shortcuts = [
+      Layer(f'stage{s}_block1_shortcut', (None,) * 4) for s in (2, 3)
+    ]
+    conv = any(layout.key(layer, 'kernel') in tensors for layer in shortcuts)
+    options['shortcut'] = 'conv' if conv else 'pad'
+  if layout is _OWN:  # what other sources decide, a converted file tells
+    names = {
+      name for other in LAYOUTS[family] for name in other.options.get(arch, {})
+    }
+    options |= {name: True for name in names if metadata.get(name) == 'true'}
+  return dim(Layer(_STEM, (None,) * 4), 2), options
 
 
 def _check_metadata(path: str, metadata: dict[str, str], arch: str) -> None:
@@ -323,10 +487,19 @@ def _check(
   path: str,
   arch: str,
   layout: Layout,
-  layers: list[Layer],
-  options: dict,
+  in_channels: int | None,
+  options: dict[str, Any],
   tensors: Mapping[str, np.ndarray],
 ) -> None:
+  def differences(arch):
+    # The sources' own choices belong to an architecture, not to its family.
+    found = {
+      k: v for k, v in options.items() if k in ('num_classes', 'shortcut')
+    }
+    found |= layout.options.get(arch, {})
+    return _differences(layout, _layers(arch, in_channels, **found), tensors)
+
+  layers = _layers(arch, in_channels, **options)
   found = _differences(layout, layers, tensors)
   if any(found):
     kinds = ('missing', 'unexpected', 'of another shape')
@@ -335,13 +508,13 @@ def _check(
       for entries, kind in zip(found, kinds, strict=True)
     ]
     message = f'{path} does not fit {arch}: {", ".join(parts)}'
-    # A depth is named only where the whole file fits it.
-    blocks = layout.matches(tensors, _CONV1) // (3 * len(layout.leaves))
-    other = f'resnet{6 * blocks + 2}'
-    if other in registry.names() and not any(
-      _differences(layout, _layers(other, **options), tensors)
-    ):
-      message += f'; the file holds a {other}; set config.teacher.arch={other}'
+    # Another one is named only where the whole file fits it.
+    for other in registry.names(registry.architecture(arch).family):
+      if not any(differences(other)):
+        message += (
+          f'; the file holds a {other}; set config.teacher.arch={other}'
+        )
+        break
     raise InputError(message)
   for layer in layers:
     for leaf in layer.shapes:
