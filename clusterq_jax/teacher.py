@@ -78,9 +78,7 @@ def load(
     build=build,
     graph=protocol.trace(build),
     variables=loaded.variables,
-    preprocessing=_preprocessing(
-      path, loaded.metadata, preprocessing, int(loaded.options['in_channels'])
-    ),
+    preprocessing=_preprocessing(path, arch, loaded, preprocessing),
     num_classes=classes,
     options=options,
     class_names=tuple(json.loads(loaded.metadata.get('class_names', '[]'))),
@@ -88,23 +86,46 @@ def load(
   )
 
 
-def _preprocessing(
-  path: str, metadata: Mapping[str, str], given: Mapping, channels: int
-) -> Preprocessing:
-  """Merges what the config gives over what the file's metadata say."""
+def expected_input(
+  arch: str, loaded: weights_lib.Loaded, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """What weights expect, by field of `Preprocessing`.
+
+  What is given goes over what the file says, and that over what is usual for
+  the architecture.
+
+  Returns:
+    The values, and the names of those that are only usual. A field that
+    nothing says is missing.
+  """
   values: dict[str, Any] = {}
+  assumed = []
+  usual = registry.architecture(arch).preprocessing
   for field in dataclasses.fields(Preprocessing):
-    if given.get(field.name) is not None:
-      values[field.name] = given[field.name]
-    elif field.name in metadata:
-      raw = metadata[field.name]
-      values[field.name] = raw if field.name == 'channel_order' else _json(raw)
-    elif field.default is dataclasses.MISSING:
+    name = field.name
+    if given.get(name) is not None:
+      values[name] = given[name]
+    elif name in loaded.metadata:
+      raw = loaded.metadata[name]
+      values[name] = raw if name == 'channel_order' else _json(raw)
+    elif name in usual:
+      values[name] = usual[name]
+      assumed.append(name)
+  return values, assumed
+
+
+def _preprocessing(
+  path: str, arch: str, loaded: weights_lib.Loaded, given: Mapping
+) -> Preprocessing:
+  values, _ = expected_input(arch, loaded, given)
+  for field in dataclasses.fields(Preprocessing):
+    if field.name not in values and field.default is dataclasses.MISSING:
       raise InputError(
         f'{path} does not say what input its weights expect: set '
         f'config.teacher.{field.name} (and image_size, mean, std, '
         'pixel_range, channel_order where they differ from the defaults)'
       )
+  channels = int(loaded.options['in_channels'])
   for name in ('image_size', 'mean', 'std'):
     values[name] = tuple(values[name])
   result = Preprocessing(**values)

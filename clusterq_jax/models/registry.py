@@ -21,18 +21,20 @@ class Architecture:
   Attributes:
     family: key of its weight layouts, `weights/layouts.py`.
     network: makes it, from `layers` and options such as `num_classes`.
-    image_size: height and width that published weights were trained at.
-    preprocessing: of published weights, `data.Preprocessing` by field; empty
-      where there is no such convention.
+    preprocessing: what published weights expect, `data.Preprocessing` by field;
+      empty where nothing is usual.
   """
 
   family: str
   network: Callable[..., nn.Module]
-  image_size: tuple[int, int]
   preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+_IMAGENET = {
+  'image_size': (224, 224),
+  'mean': (0.485, 0.456, 0.406),
+  'std': (0.229, 0.224, 0.225),
+}
 # Pixels 0..255 as (x - 127) / 128.
 _LITE = {'mean': (127.0,) * 3, 'std': (128.0,) * 3, 'pixel_range': 255.0}
 
@@ -41,7 +43,6 @@ _ARCHITECTURES = {
     f'resnet{depth}': Architecture(
       'cifar_resnet',
       functools.partial(resnet.CifarResNet, depth=depth),
-      (32, 32),
     )
     for depth in (8, 20, 32, 44, 56, 110)
   },
@@ -49,7 +50,6 @@ _ARCHITECTURES = {
     f'resnet{depth}': Architecture(
       'resnet',
       functools.partial(imagenet_resnet.ResNet, depth=depth),
-      (224, 224),
       _IMAGENET,
     )
     for depth in imagenet_resnet.BLOCKS
@@ -58,13 +58,11 @@ _ARCHITECTURES = {
   'resnet50b': Architecture(
     'resnet',
     functools.partial(imagenet_resnet.ResNet, depth=50),
-    (224, 224),
     _IMAGENET,
   ),
   'mobilenet_v2': Architecture(
     'mobilenet_v2',
     functools.partial(mobile.MobileNet, stages=mobile.MOBILENET_V2),
-    (224, 224),
     _IMAGENET,
   ),
   **{
@@ -73,8 +71,7 @@ _ARCHITECTURES = {
       functools.partial(
         mobile.MobileNet, stages=stages, padding='same', epsilon=1e-3
       ),
-      (side, side),
-      _LITE,
+      {'image_size': (side, side), **_LITE},
     )
     for i, (stages, side) in enumerate(
       zip(mobile.EFFICIENTNET_LITE, (224, 240, 260, 280, 300), strict=True)

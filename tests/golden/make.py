@@ -58,7 +58,8 @@ CASES = {
 
 def images(name: str) -> np.ndarray:
   """Network input of a case, float32 [IMAGES, H, W, 3]."""
-  size = registry.architecture(CASES[name][0]).image_size
+  usual = registry.architecture(CASES[name][0]).preprocessing
+  size = usual.get('image_size', (32, 32))
   random = np.random.RandomState(0)
   return random.randn(IMAGES, *size, 3).astype(np.float32)
 

@@ -1,0 +1,151 @@
+"""Turns a teacher's weights into the project's own file, once.
+
+    python -m clusterq_jax.convert --arch=resnet18 --input=resnet18.pth \
+        --output=resnet18.safetensors [--mean=0.485,0.456,0.406 ...]
+
+The source's layout is recognised; what it maps, and what not, is printed. The
+output also says what input the weights expect, so that no config needs to.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from clusterq_jax import data, teacher
+from clusterq_jax import weights as weights_lib
+from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
+
+_ARCH = flags.DEFINE_enum('arch', None, registry.names(), 'Architecture.')
+_INPUT = flags.DEFINE_string('input', None, 'Weights file to read.')
+_OUTPUT = flags.DEFINE_string('output', None, 'New .safetensors file.')
+_SIZE = flags.DEFINE_list('image_size', None, 'Height,width.')
+_MEAN = flags.DEFINE_list('mean', None, 'Of each channel.')
+_STD = flags.DEFINE_list('std', None, 'Of each channel.')
+_RANGE = flags.DEFINE_float('pixel_range', None, 'Value of white: 1 or 255.')
+_ORDER = flags.DEFINE_enum(
+  'channel_order', None, ['rgb', 'bgr', 'grey'], 'Of the input.'
+)
+_CLASSES = flags.DEFINE_string('class_names', None, 'File with a name a line.')
+
+
+def convert(
+  arch: str,
+  source: str,
+  output: str,
+  class_names: tuple[str, ...] = (),
+  **preprocessing,
+) -> str:
+  """Reads weights in any layout that is known for `arch`; writes our own.
+
+  Args:
+    arch: name of the architecture.
+    source: weights file.
+    output: file to write, .safetensors.
+    class_names: one per class, or none.
+    **preprocessing: fields of `data.Preprocessing`; None: by convention.
+
+  Returns:
+    What was mapped, and a warning where nothing says what input is expected.
+
+  Raises:
+    InputError: unfit weights, or an output that exists.
+  """
+  target = pathlib.Path(output)
+  if target.suffix != '.safetensors':
+    raise InputError(f'--output={output}: expected a name in .safetensors')
+  if target.exists():
+    raise InputError(f'--output={output}: exists; remove it, or name another')
+  loaded = weights_lib.load(source, arch)
+  report = [loaded.report, 'Nothing is missing and nothing left over.']
+  if class_names and len(class_names) != loaded.options['num_classes']:
+    raise InputError(
+      f'--class_names: {len(class_names)} names; {source} has '
+      f'{loaded.options["num_classes"]} classes'
+    )
+  expected, assumed = teacher.expected_input(arch, loaded, preprocessing)
+  if not {'mean', 'std'} <= expected.keys():
+    report.append(
+      'WARNING: nothing says what input these weights expect; give --mean and '
+      '--std, or config.teacher.mean and config.teacher.std to every run.'
+    )
+  elif assumed:
+    values = ', '.join(f'{name} {expected[name]}' for name in assumed)
+    report.append(
+      f'WARNING: the file does not say what input these weights expect. Taken '
+      f'is what is usual for {arch}: {values}. If yours differ, accuracy is '
+      f'lost; give --{assumed[0]}=... then.'
+    )
+  metadata = {
+    'format': weights_lib.FORMAT,
+    'arch': arch,
+    **{
+      name: json.dumps(value) if not isinstance(value, str) else value
+      for name, value in expected.items()
+    },
+    **{name: 'true' for name, value in loaded.options.items() if value is True},
+  }
+  if class_names:
+    metadata['class_names'] = json.dumps(class_names)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  weights_lib.write_safetensors(target, loaded.variables, metadata)
+  report.append(f'{output}: {target.stat().st_size / 1e6:.2f} MB')
+  return '\n'.join(report)
+
+
+def main(argv: list[str]) -> int:
+  """The command line; returns the exit code."""
+  try:
+    try:
+      rest = flags.FLAGS(argv)[1:]
+    except flags.Error as e:
+      raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
+    if rest:
+      raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
+    for flag in (_ARCH, _INPUT, _OUTPUT):
+      if not flag.value:
+        raise InputError(f'--{flag.name} is missing')
+    given = {
+      'image_size': _numbers(_SIZE, int, 2),
+      'mean': _numbers(_MEAN, float),
+      'std': _numbers(_STD, float),
+      'pixel_range': _RANGE.value,
+      'channel_order': _ORDER.value,
+    }
+    assert given.keys() == {
+      f.name for f in dataclasses.fields(data.Preprocessing)
+    }
+    names: tuple[str, ...] = ()
+    if _CLASSES.value:
+      names = tuple(pathlib.Path(_CLASSES.value).read_text().split('\n'))
+      names = names[:-1] if names[-1] == '' else names
+    print(convert(_ARCH.value, _INPUT.value, _OUTPUT.value, names, **given))
+  except InputError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  except OSError as e:
+    print(f'error: {e.filename}: {e.strerror or e}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def _numbers(flag, kind, length=None):
+  if flag.value is None:
+    return None
+  try:
+    numbers = tuple(kind(text) for text in flag.value)
+  except ValueError:
+    numbers = ()
+  if not numbers or length not in (None, len(numbers)):
+    raise InputError(
+      f'--{flag.name}={",".join(flag.value)}: expected '
+      f'{length or "a few"} numbers between commas'
+    )
+  return numbers
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
