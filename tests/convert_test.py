@@ -1,0 +1,140 @@
+"""The conversion of weights: what is written, said and refused."""
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from absl import flags
+from absl.testing import flagsaver
+
+from clusterq_jax import convert, teacher, weights
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.models import registry
+from clusterq_jax.weights import layouts
+
+
+@pytest.fixture
+def run(capsys):
+  """Calls the command line; returns (code, stdout, stderr)."""
+
+  def call(**values):
+    argv = ['convert', *(f'--{name}={value}' for name, value in values.items())]
+    capsys.readouterr()
+    with flagsaver.as_parsed():
+      flags.FLAGS.unparse_flags()
+      code = convert.main(argv)
+    return code, *capsys.readouterr()
+
+  return call
+
+
+def _state(arch, layout, classes=5, **options):
+  """Random tensors under the names that a layout gives them."""
+  layers = layouts._layers(arch, 3, num_classes=classes, **options)
+  (layout,) = (
+    found
+    for found in layouts.LAYOUTS[registry.architecture(arch).family]
+    if found.name == layout
+  )
+  random = np.random.RandomState(0)
+  return {
+    layout.key(layer, leaf): random.rand(*layout.to_source(shape)).astype(
+      np.float32
+    )
+    for layer in layers
+    for leaf, shape in layer.shapes.items()
+  }
+
+
+@pytest.fixture
+def source(tmp_path):
+  path = tmp_path / 'resnet50.safetensors'
+  state = _state('resnet50', 'pytorchcv', stride_first=True)
+  safetensors.numpy.save_file(state, path)
+  return path
+
+
+def test_the_converted_file_is_the_same_teacher(run, source, tmp_path):
+  output = tmp_path / 'deep' / 'converted.safetensors'
+  names = tmp_path / 'names.txt'
+  names.write_text('ant\nbee\ncat\ndog\nelk\n')
+  code, out, err = run(
+    arch='resnet50',
+    input=source,
+    output=output,
+    class_names=names,
+    mean='0.1,0.2,0.3',
+  )
+  assert code == 0, err
+  assert 'resnet50 in the pytorchcv layout' in out
+  assert 'Nothing is missing' in out
+  # Where the strides are shows in no tensor: the file must say it.
+  converted = teacher.load('resnet50', str(output))
+  assert converted.options['stride_first'] is True
+  network = converted.build(float_layers.layer_set())
+  assert network.stride_first
+  original = weights.load(source, 'resnet50')
+  for collection, layers in original.variables.items():
+    for name, leaves in layers.items():
+      for leaf, value in leaves.items():
+        np.testing.assert_array_equal(
+          converted.variables[collection][name][leaf], value
+        )
+  assert converted.class_names == ('ant', 'bee', 'cat', 'dog', 'elk')
+  # Given, and usual for the architecture: the second is said.
+  assert converted.preprocessing.mean == (0.1, 0.2, 0.3)
+  assert converted.preprocessing.std == (0.229, 0.224, 0.225)
+  assert 'WARNING' in out
+  assert 'std (0.229' in out
+  assert 'mean (' not in out
+
+
+def test_nothing_says_what_is_expected(run, tmp_path):
+  source, output = tmp_path / 'a.safetensors', tmp_path / 'b.safetensors'
+  safetensors.numpy.save_file(
+    _state('resnet8', 'akamaster', shortcut='pad'), source
+  )
+  code, out, _ = run(arch='resnet8', input=source, output=output)
+  assert code == 0
+  assert 'WARNING: nothing says what input these weights expect' in out
+  with safetensors.safe_open(output, 'np') as file:
+    assert not {'mean', 'std'} & file.metadata().keys()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected'),
+  [
+    ({'input': 'nowhere.pth'}, 'nowhere.pth: no such file'),
+    ({'arch': 'resnet18'}, 'does not fit resnet18'),
+    ({'arch': 'resnet51'}, 'resnet50b'),
+    ({'mean': '0.5,x'}, '--mean=0.5,x: expected a few numbers'),
+    ({'image_size': '224'}, '--image_size=224: expected 2 numbers'),
+    ({'output': 'a.npz'}, 'expected a name in .safetensors'),
+    ({'output': ''}, '--output is missing'),
+    ({'class_names': 'names.txt'}, '2 names'),
+    ({'class_names': 'none.txt'}, 'none.txt: No such file'),
+  ],
+)
+def test_refusals(run, source, tmp_path, monkeypatch, changes, expected):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'names.txt').write_text('ant\nbee\n')
+  arguments = {
+    'arch': 'resnet50',
+    'input': source,
+    'output': 'new.safetensors',
+    **changes,
+  }
+  before = sorted(tmp_path.iterdir())
+  code, _, err = run(**arguments)
+  assert code == 2
+  assert expected in err
+  assert len(err.strip().splitlines()) == 1
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_overwritten(run, source):
+  before = source.read_bytes()
+  code, _, err = run(arch='resnet50', input=source, output=source)
+  assert code == 2
+  assert 'exists' in err
+  assert source.read_bytes() == before
