@@ -6,8 +6,9 @@ short recipe of `clusterq_jax.config.fast`.
     python -m clusterq_jax.main --config=configs/cifar10_resnet20_fast.py \
         --workdir=runs/cifar10_fast
 
-Measured on 5,000 CIFAR-10 test images (seed 0): teacher 91.68, student 89.28.
-Fourteen minutes on two cores that had other work; not measured on idle ones.
+Measured on 5,000 CIFAR-10 test images: teacher 91.68; student 90.36, 90.24 and
+90.06 with seeds 0, 1 and 2; ten to eleven minutes each on two cores. With W4A8
+91.26, with W8A8 91.76 (seed 0).
 """
 
 from clusterq_jax import config as config_lib

@@ -358,5 +358,7 @@ def test_a_dead_gain_keeps_its_bias():
   own = folded.tensors['stem']
   assert not np.any(own['codes'][..., 3])
   step = folded.grids['input'].step * folded.weight_steps['stem'][3]
-  _, _, bias = integer.folded_batch_norm(_tiny().variables, 'stem')
+  _, _, bias = integer.folded_batch_norm(
+    _tiny().variables, folded.graph.node('stem')
+  )
   assert own['bias'][3] * step == pytest.approx(bias[3], rel=1e-6)

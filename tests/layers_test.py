@@ -59,21 +59,30 @@ def _numpy_conv(x, kernel, strides, padding, groups=1):
     ((7, 6), 1, 2, 0, 1),
     ((7, 5), 3, 1, 1, 2),
     ((7, 5), 3, 2, 1, 4),
+    # Depthwise, of 8 channels.
+    ((7, 5), 3, 1, 1, 8),
+    ((8, 7), 3, 2, 1, 8),
+    ((9, 6), 5, 2, 0, 8),
+    # TensorFlow's padding: one more at the end, or none.
+    ((6, 7), 3, 2, 'same', 1),
+    ((7, 5), 3, 1, 'same', 1),
+    ((8, 7), 5, 2, 'same', 8),
+    ((5, 6), 1, 2, 'same', 1),
   ],
 )
 def test_convolution(size, side, strides, padding, groups):
   random = np.random.RandomState(0)
-  x = random.randn(3, *size, 4).astype(np.float32)
-  kernel = random.randn(side, side, 4 // groups, 8).astype(np.float32)
-  expected = _numpy_conv(x, kernel, strides, padding, groups)
-  g = random.randn(*expected.shape).astype(np.float32)
+  channels = max(4, groups)
+  x = random.randn(3, *size, channels).astype(np.float32)
+  kernel = random.randn(side, side, channels // groups, 8).astype(np.float32)
+  pads = 'SAME' if padding == 'same' else [(padding, padding)] * 2
 
   def xla(x, kernel):
     return lax.conv_general_dilated(
       x,
       kernel,
       (strides, strides),
-      [(padding, padding)] * 2,
+      pads,
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
       feature_group_count=groups,
     )
@@ -89,6 +98,11 @@ def test_convolution(size, side, strides, padding, groups):
 
     return run(ours), run(xla)
 
+  if padding == 'same':
+    expected = xla(x, kernel)
+  else:
+    expected = _numpy_conv(x, kernel, strides, padding, groups)
+  g = random.randn(*expected.shape).astype(np.float32)
   found, reference = both(x, kernel, g)
   np.testing.assert_allclose(found[0], expected, atol=1e-4)
   np.testing.assert_allclose(found[1], reference[1], atol=1e-4)
