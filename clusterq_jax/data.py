@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clusterq_jax import image_files
 from clusterq_jax.errors import InputError
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
@@ -26,7 +27,7 @@ FASHION_MNIST_CLASSES = (
 class Images(NamedTuple):
   """images uint8 [N, H, W, C]; labels int32 [N]."""
 
-  images: np.ndarray
+  images: np.ndarray | image_files.ImageFiles
   labels: np.ndarray
 
 
@@ -156,15 +157,22 @@ def read_npz(path: str) -> Images:
 
 
 def load(
-  source: str, path: str, shape: tuple[int, int, int], num_classes: int
+  source: str,
+  path: str,
+  shape: tuple[int, int, int],
+  num_classes: int,
+  resize: int | None = None,
 ) -> Images | None:
   """Evaluation images as the config's `eval` section names them.
 
   Args:
-    source: 'none', 'fashion_mnist' (embedded test images) or 'npz'.
-    path: the file, for 'npz'.
+    source: 'none', 'fashion_mnist' (embedded test images), 'npz' or 'folder'
+      (see `image_files`).
+    path: the file, or the folder.
     shape: (H, W, C) that the teacher expects.
     num_classes: K; labels are 0..K-1.
+    resize: of image files: length of the shorter side before the centre crop;
+      None: what leaves 7/8 of it; 0: as it is.
 
   Returns:
     The images, or None for 'none'.
@@ -176,6 +184,11 @@ def load(
     return None
   if source == 'fashion_mnist':
     name, images = source, read_fashion_mnist(ASSETS, 't10k')
+  elif source == 'folder':
+    if resize is None:
+      resize = round(min(shape[:2]) / 0.875)
+    files, labels = image_files.read_folder(path, shape, resize)
+    name, images = path, Images(files, labels)
   else:
     name, images = path, read_npz(path)
   if images.images.shape[1:] != shape:

@@ -121,4 +121,5 @@ def load_images(
     config.eval.path,
     teacher.preprocessing.shape,
     teacher.num_classes,
+    config.eval.resize,
   )

@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
 
   def top1(split: data.Images) -> float:
     predict = functools.partial(logits, state[0])
-    answers = evaluation.predictions(predict, split.images, 500)
+    answers = evaluation.predictions([predict], split.images, 500)[0]
     return evaluation.percent(answers == split.labels)
 
   state = (variables, optimizer.init(variables['params']), jnp.zeros(()))

@@ -8,7 +8,7 @@
 # clusterq_jax.main as they are, say --config.seed=1.
 set -euo pipefail
 
-EXPECTED_TIME='about 5 minutes on two cores'
+EXPECTED_TIME='3 to 5 minutes on two cores'
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"

@@ -25,7 +25,7 @@ def _top1(loaded: teacher.Teacher, images: data.Images) -> float:
       loaded.variables, loaded.preprocessing.normalize(pixels)
     )
 
-  answers = evaluation.predictions(logits, images.images, 250)
+  answers = evaluation.predictions([logits], images.images, 250)[0]
   return evaluation.percent(answers == images.labels)
 
 

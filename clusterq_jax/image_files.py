@@ -1,0 +1,139 @@
+"""Labelled image files, decoded when they are looked at.
+
+Two layouts of a folder: a sub-folder of images per class, in the order of their
+names; or `labels.csv` with a header `file,label`, files relative to `images/`
+beside it or to the folder itself.
+
+Each image is made RGB (or grey), its shorter side resized, the centre cropped:
+bicubic, with Pillow. A file that cannot be decoded is noted and never raises in
+the middle of an evaluation; its place holds zeros.
+"""
+
+import concurrent.futures
+import csv
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from clusterq_jax.errors import InputError
+
+SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tiff', '.webp')
+_LABELS = 'labels.csv'
+
+
+@dataclasses.dataclass
+class ImageFiles:
+  """Looks like an array uint8 [N, H, W, C], of which slices are decoded.
+
+  Attributes:
+    paths: of the N files.
+    shape: (N, H, W, C).
+    resize: length of the shorter side before the crop; 0: as it is.
+    broken: why a file could not be decoded, by index; filled on the way.
+  """
+
+  paths: list[pathlib.Path]
+  shape: tuple[int, int, int, int]
+  resize: int
+  broken: dict[int, str] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    self._workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    """Decodes a slice, in parallel: Pillow lets go of the interpreter."""
+    indices = range(len(self))[rows]
+    return np.stack(list(self._workers.map(self._decode, indices)))
+
+  def _decode(self, index: int) -> np.ndarray:
+    _, height, width, channels = self.shape
+    try:
+      with Image.open(self.paths[index]) as file:
+        image = file.convert('L' if channels == 1 else 'RGB')
+      if self.resize:
+        scale = self.resize / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+      left, top = (image.width - width) // 2, (image.height - height) // 2
+      if left < 0 or top < 0:
+        raise ValueError(
+          f'{image.width} x {image.height} pixels, too few for a crop of '
+          f'{width} x {height}'
+        )
+      image = image.crop((left, top, left + width, top + height))
+      return np.asarray(image, np.uint8).reshape(height, width, channels)
+    except Exception as e:  # decoders raise many kinds
+      reason = ' '.join(str(e).split()) or type(e).__name__
+      self.broken[index] = f'{self.paths[index]}: {reason}'
+      return np.zeros((height, width, channels), np.uint8)
+
+
+def read_folder(
+  folder: str, shape: tuple[int, int, int], resize: int
+) -> tuple[ImageFiles, np.ndarray]:
+  """The images of a folder and their labels, int32 [N].
+
+  Args:
+    folder: with class folders, or with labels.csv.
+    shape: (H, W, C) to crop to.
+    resize: see `ImageFiles`.
+
+  Raises:
+    InputError: no such folder, or neither layout in it.
+  """
+  root = pathlib.Path(folder)
+  if not root.is_dir():
+    raise InputError(f'eval.path={folder!r}: no such folder')
+  if (root / _LABELS).exists():
+    paths, labels = _from_csv(root)
+  else:
+    paths, labels = _from_classes(root)
+  files = ImageFiles(paths, (len(paths), *shape), resize)
+  return files, np.array(labels, np.int32)
+
+
+def _from_classes(root: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
+  classes = sorted(path for path in root.iterdir() if path.is_dir())
+  found = [
+    (path, label)
+    for label, folder in enumerate(classes)
+    for path in sorted(folder.iterdir())
+    if path.suffix.lower() in SUFFIXES
+  ]
+  if not found:
+    raise InputError(
+      f'{root}: found no images; expected a sub-folder of images per class, or '
+      f'{_LABELS} with the header file,label'
+    )
+  return [path for path, _ in found], [label for _, label in found]
+
+
+def _from_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
+  table = root / _LABELS
+  images = root / 'images'
+  base = images if images.is_dir() else root
+  paths, labels = [], []
+  with table.open(newline='', encoding='utf-8', errors='replace') as file:
+    rows = csv.DictReader(file)
+    if not {'file', 'label'} <= set(rows.fieldnames or ()):
+      raise InputError(
+        f'{table}: columns are {rows.fieldnames}; expected file,label'
+      )
+    for row in rows:
+      label = row['label'] or ''
+      if not row['file'] or not label.strip().isdecimal():
+        raise InputError(
+          f'{table}: line {rows.line_num}: file {row["file"]!r}, label '
+          f'{label!r}; expected a file name and a class number'
+        )
+      paths.append(base / row['file'])
+      labels.append(int(label))
+  if not paths:
+    raise InputError(f'{table}: holds no images; expected a line for each')
+  return paths, labels
