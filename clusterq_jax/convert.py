@@ -7,14 +7,13 @@ The source's layout is recognised; what it maps, and what not, is printed. The
 output also says what input the weights expect, so that no config needs to.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
 
 from absl import flags
 
-from clusterq_jax import data, teacher
+from clusterq_jax import teacher
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
@@ -105,9 +104,6 @@ def main(argv: list[str]) -> int:
       raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
     if rest:
       raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
-    for flag in (_ARCH, _INPUT, _OUTPUT):
-      if not flag.value:
-        raise InputError(f'--{flag.name} is missing')
     given = {
       'image_size': _numbers(_SIZE, int, 2),
       'mean': _numbers(_MEAN, float),
@@ -115,14 +111,11 @@ def main(argv: list[str]) -> int:
       'pixel_range': _RANGE.value,
       'channel_order': _ORDER.value,
     }
-    assert given.keys() == {
-      f.name for f in dataclasses.fields(data.Preprocessing)
-    }
     names: tuple[str, ...] = ()
     if _CLASSES.value:
-      names = tuple(pathlib.Path(_CLASSES.value).read_text().split('\n'))
-      names = names[:-1] if names[-1] == '' else names
-    print(convert(_ARCH.value, _INPUT.value, _OUTPUT.value, names, **given))
+      names = tuple(pathlib.Path(_CLASSES.value).read_text().splitlines())
+    arch, source, output = map(_required, (_ARCH, _INPUT, _OUTPUT))
+    print(convert(arch, source, output, names, **given))
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
@@ -130,6 +123,12 @@ def main(argv: list[str]) -> int:
     print(f'error: {e.filename}: {e.strerror or e}', file=sys.stderr)
     return 2
   return 0
+
+
+def _required(flag) -> str:
+  if not flag.value:
+    raise InputError(f'--{flag.name} is missing')
+  return flag.value
 
 
 def _numbers(flag, kind, length=None):

@@ -74,14 +74,15 @@ def on_images(
     InputError: no image can be decoded.
   """
   results: dict[str, Any] = {}
-  before, answers, labels = None, None, None
+  answers: np.ndarray | None = None
+  labels = before = np.zeros(0, np.int32)
   if images is not None:
-    answers = predictions(list(networks.values()), images.images, batch_size)
+    found = predictions(list(networks.values()), images.images, batch_size)
     readable = np.ones(len(images.labels), bool)
     if isinstance(images.images, ImageFiles):
       readable[list(images.images.broken)] = False
       _report(images.images.broken)
-    answers, labels = answers[:, readable], images.labels[readable]
+    answers, labels = found[:, readable], images.labels[readable]
     if not len(labels):
       raise InputError('eval.path: none of the images can be read')
   for i, name in enumerate(networks):

@@ -29,6 +29,7 @@ from clusterq_jax import student as student_lib
 from clusterq_jax import workdir as workdir_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import integer
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.state import TrainState
 from clusterq_jax.steps import Steps
@@ -121,6 +122,21 @@ class _Run:
     shape = (classes, samples.COLUMNS, *pixels.shape[1:])
     samples.save(folder, pixels.reshape(shape), np.asarray(labels))
 
+  def round_biases(self, state: TrainState) -> TrainState:
+    """Gives the student the biases of the integer network it stands for."""
+    steps = self.steps
+    if self.config.quant.placement != 'integer':
+      return state
+    student = {
+      **jax.device_get(state.student),
+      'batch_stats': self.teacher.variables['batch_stats'],
+    }
+    folded = integer.fold(steps.graph, steps.plan, student, steps.preprocessing)
+    params = jax.device_put(
+      integer.round_biases(folded, student), sharding.replicated(steps.mesh)
+    )
+    return state.replace(student={**state.student, 'params': params})
+
   def save_student(self, state: TrainState, path: pathlib.Path) -> None:
     student_lib.save(
       path,
@@ -191,6 +207,7 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   state, images_per_s = _train(run, state, folder, save)
 
   # --------------------------------------------------- what came out of it
+  state = run.round_biases(state)
   run.save_student(state, folder / student_lib.FILE)
   run.save_samples(state, folder)
   networks = {'student': student_lib.load(folder).logits}

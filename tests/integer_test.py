@@ -266,6 +266,30 @@ def test_agrees_with_the_student(quantized, test_images, bits, least):
   assert np.mean(fake.argmax(-1) == real.argmax(-1)) >= least
 
 
+def test_rounded_biases(quantized, test_images):
+  """The same integer network; the student now answers as it does."""
+  network = quantized(4, 4)
+  folded = network.integer()
+  params = integer.round_biases(folded, network.variables)
+  moved = dataclasses.replace(
+    network, variables={**network.variables, 'params': params}
+  )
+  again = moved.integer()
+  jax.tree.map(np.testing.assert_array_equal, again.tensors, folded.tensors)
+  for name, layer in network.variables['params'].items():
+    np.testing.assert_array_equal(params[name]['kernel'], layer['kernel'])
+  # On the bias of the convolution, that of BatchNorm included, in units of a
+  # sum: whole numbers.
+  node = folded.graph.node('stage2_block1_conv2')
+  _, _, bias = integer.folded_batch_norm(moved.variables, node)
+  unit = folded.grids[node.inputs[0]].step * folded.weight_steps[node.name]
+  assert np.abs(bias / unit - np.rint(bias / unit)).max() < 0.02
+  images = test_images.images[:1000]
+  real = np.asarray(jax.jit(folded.logits)(images)).argmax(-1)
+  fake = np.asarray(jax.jit(moved.logits)(images)).argmax(-1)
+  assert np.mean(real == fake) >= 0.99
+
+
 # --- Arithmetic --------------------------------------------------------------
 
 

