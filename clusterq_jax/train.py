@@ -28,8 +28,8 @@ from clusterq_jax import metrics as metrics_lib
 from clusterq_jax import student as student_lib
 from clusterq_jax import workdir as workdir_lib
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import fake_quant, integer
 from clusterq_jax.layers import float as float_layers
-from clusterq_jax.layers import integer
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.state import TrainState
 from clusterq_jax.steps import Steps
@@ -122,20 +122,21 @@ class _Run:
     shape = (classes, samples.COLUMNS, *pixels.shape[1:])
     samples.save(folder, pixels.reshape(shape), np.asarray(labels))
 
-  def round_biases(self, state: TrainState) -> TrainState:
-    """Gives the student the biases of the integer network it stands for."""
+  def settle(self, state: TrainState) -> TrainState:
+    """Gives the student the weights that its codes stand for."""
     steps = self.steps
-    if self.config.quant.placement != 'integer':
-      return state
-    student = {
-      **jax.device_get(state.student),
-      'batch_stats': self.teacher.variables['batch_stats'],
-    }
-    folded = integer.fold(steps.graph, steps.plan, student, steps.preprocessing)
-    params = jax.device_put(
-      integer.round_biases(folded, student), sharding.replicated(steps.mesh)
-    )
-    return state.replace(student={**state.student, 'params': params})
+    settle = jax.jit(functools.partial(fake_quant.settle, steps.plan))
+    student = {**state.student, 'params': settle(state.student)}
+    if self.config.quant.placement == 'integer':
+      whole = {
+        **jax.device_get(student),
+        'batch_stats': self.teacher.variables['batch_stats'],
+      }
+      folded = integer.fold(steps.graph, steps.plan, whole, steps.preprocessing)
+      student['params'] = jax.device_put(
+        integer.round_biases(folded, whole), sharding.replicated(steps.mesh)
+      )
+    return state.replace(student=student)
 
   def save_student(self, state: TrainState, path: pathlib.Path) -> None:
     student_lib.save(
@@ -207,7 +208,7 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   state, images_per_s = _train(run, state, folder, save)
 
   # --------------------------------------------------- what came out of it
-  state = run.round_biases(state)
+  state = run.settle(state)
   run.save_student(state, folder / student_lib.FILE)
   run.save_samples(state, folder)
   networks = {'student': student_lib.load(folder).logits}

@@ -7,6 +7,8 @@ BatchNorm statistics are the teacher's, frozen; its gain and bias train.
 Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +17,29 @@ from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.quant import numerics
 from clusterq_jax.quant.plan import Plan
+
+
+def settle(plan: Plan, student: Any) -> dict[str, Any]:
+  """The student's params with every kernel on its grid.
+
+  The same network, wherever it runs: training leaves some weights so near the
+  middle between two codes that the last bit of a step, which differs between
+  machines, would decide. One such weight was seen to change 2.6 % of answers.
+
+  Args:
+    plan: every quantizer of the student.
+    student: {'params', 'quant'}.
+  """
+  params = dict(student['params'])
+  for name, bits in plan.weights:
+    kernel, (low, high) = params[name]['kernel'], numerics.weight_range(bits)
+    if plan.learned:
+      step = jnp.exp(student['quant'][name]['weights'])
+    else:
+      step = numerics.max_step(kernel, high, tuple(range(kernel.ndim - 1)))
+    settled = numerics.fake_quant(kernel, step, low, high)
+    params[name] = {**params[name], 'kernel': settled}
+  return params
 
 
 class _Quantized(nn.Module):

@@ -215,9 +215,9 @@ def fold(
 def round_biases(folded: Folded, student: Any) -> dict[str, Any]:
   """The student's params with the biases that the integer network rounds to.
 
-  With them, fake-quantized and integer network differ in float rounding alone.
-  At W4A4 on a CIFAR-10 ResNet-20 they otherwise answered differently on 2.6 %
-  of images. The integer network itself stays the same.
+  With them, and kernels on their grid (`fake_quant.settle`), fake-quantized and
+  integer network differ in float rounding alone. The integer network itself
+  stays the same.
 
   Args:
     folded: from `fold`.
