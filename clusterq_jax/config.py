@@ -80,6 +80,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.generator = generator = ml_collections.ConfigDict()
   generator.latent_dim = 100
   generator.channels = (128, 128, 64)
+  generator.conditional = False  # class-conditional BatchNorm; ImageNet
   generator.lr = 1e-3
   generator.betas = (0.5, 0.999)
 
@@ -213,11 +214,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if field.endswith('_bits') and value is not None:
       if value not in numerics.BITS:
         raise InputError(f'config.{field}={value}: expected 2 to 8')
-  for field, length in (('generator.channels', 3), ('loss.noise', 2)):
-    if len(values[field]) != length:
-      raise InputError(
-        f'config.{field}={values[field]}: expected {length} numbers'
-      )
+  if len(values['loss.noise']) != 2:
+    raise InputError(
+      f'config.loss.noise={values["loss.noise"]}: expected 2 numbers'
+    )
+  if len(values['generator.channels']) < 2:
+    raise InputError(
+      f'config.generator.channels={values["generator.channels"]}: expected 2 '
+      'or more numbers'
+    )
   if not 0 < values['centroids.decay'] <= 1:
     raise InputError(
       f'config.centroids.decay={values["centroids.decay"]}: expected a number '
@@ -255,7 +260,8 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def differences(old: dict, new: ml_collections.ConfigDict) -> list[str]:
   """Training fields in which a stored config differs: 'field: old -> new'."""
-  before = _flat(old)
+  # A field that came later had its default then.
+  before = _flat(json.loads(to_json(defaults()))) | _flat(old)
   after = _flat(json.loads(to_json(new)))
   return [
     f'{field}: {before.get(field)!r} -> {after.get(field)!r}'

@@ -83,6 +83,7 @@ def make_steps(
       num_classes=teacher.num_classes,
       latent_dim=config.generator.latent_dim,
       channels=tuple(config.generator.channels),
+      conditional=config.generator.conditional,
     ),
     preprocessing=teacher.preprocessing,
     weights=LossWeights(

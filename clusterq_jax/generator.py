@@ -1,11 +1,13 @@
-"""The conditional generator G(z | y) of GDFQ (Xu et al. 2020), small images.
+"""The conditional generator G(z | y) of GDFQ (Xu et al. 2020).
 
-embedding(y) * z -> dense -> H/4 x W/4 -> BN -> x2 -> conv, BN, leaky ReLU -> x2
--> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain and bias, which gives
-the images the scale of the teacher's normalised input. BatchNorm always uses
-the statistics of the batch, in training and after it, so there is no second
-mode in which images differ from those that were optimised. Left out: the
-class-conditional BatchNorm of the ImageNet variant.
+For small images: embedding(y) * z -> dense -> H/4 x W/4 -> BN -> x2 -> conv,
+BN, leaky ReLU -> x2 -> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain
+and bias, which gives the images the scale of the teacher's normalised input. For
+ImageNet: z -> dense directly, and BatchNorms with a gain and a bias per class.
+More channels than three mean more doublings, from a smaller start.
+
+BatchNorm always uses the statistics of the batch, in training and after it, so
+there is no second mode in which images differ from those that were optimised.
 """
 
 import jax
@@ -23,17 +25,23 @@ _INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class _BatchNorm(nn.Module):
-  affine: bool = True
+  """classes: 1, or K for gains and biases [K, C]; 0: neither."""
+
+  classes: int = 1
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, labels=None):
     mean = jnp.mean(x, (0, 1, 2))
     var = jnp.maximum(jnp.mean(jnp.square(x), (0, 1, 2)) - mean**2, 0.0)
     gain = jax.lax.rsqrt(var + _EPSILON)
-    if not self.affine:
+    if not self.classes:
       return (x - mean) * gain
-    gain *= self.param('scale', nn.initializers.ones, mean.shape)
-    bias = self.param('bias', nn.initializers.zeros, mean.shape)
+    shape = mean.shape if self.classes == 1 else (self.classes, *mean.shape)
+    scale = self.param('scale', nn.initializers.ones, shape)
+    bias = self.param('bias', nn.initializers.zeros, shape)
+    if self.classes > 1:
+      scale, bias = scale[labels][:, None, None], bias[labels][:, None, None]
+    gain *= scale
     return x * gain + (bias - mean * gain)
 
 
@@ -89,31 +97,37 @@ class Generator(nn.Module):
     shape: (H, W, C) of the images.
     num_classes: K.
     latent_dim: length of z.
-    channels: of the three feature maps; (128, 128, 64) is the paper's.
+    channels: of the feature maps, each but the first at twice the height and
+      width of the one before; (128, 128, 64) is the paper's.
+    conditional: BatchNorm instead of the embedding tells the class.
   """
 
   shape: tuple[int, int, int]
   num_classes: int
   latent_dim: int = 100
-  channels: tuple[int, int, int] = (128, 128, 64)
+  channels: tuple[int, ...] = (128, 128, 64)
+  conditional: bool = False
 
   @nn.compact
   def __call__(self, z: jax.Array, labels: jax.Array) -> jax.Array:
     """z [B, latent_dim] and labels int [B] to images [B, H, W, C]."""
     height, width, depth = self.shape
-    h, w = -(-height // 4), -(-width // 4)
-    embed = nn.Embed(
-      self.num_classes,
-      self.latent_dim,
-      embedding_init=nn.initializers.normal(1.0),
-      name='embedding',
-    )
+    scale = 2 ** (len(self.channels) - 1)
+    h, w = -(-height // scale), -(-width // scale)
+    if not self.conditional:
+      z *= nn.Embed(
+        self.num_classes,
+        self.latent_dim,
+        embedding_init=nn.initializers.normal(1.0),
+        name='embedding',
+      )(labels)
+    classes = self.num_classes if self.conditional else 1
     dense = nn.Dense(h * w * self.channels[0], kernel_init=_INIT, name='dense')
-    x = dense(z * embed(labels))
-    x = _BatchNorm(name='bn0')(x.reshape(-1, h, w, self.channels[0]))
+    x = dense(z).reshape(-1, h, w, self.channels[0])
+    x = _BatchNorm(classes, name='bn0')(x, labels)
     for i, features in enumerate(self.channels[1:], 1):
       x = _Conv(features, upsample=True, name=f'conv{i}')(x)
-      x = nn.leaky_relu(_BatchNorm(name=f'bn{i}')(x), _SLOPE)
+      x = nn.leaky_relu(_BatchNorm(classes, name=f'bn{i}')(x, labels), _SLOPE)
     x = _Conv(depth, name='conv_out')(x)
     x = jnp.tanh(x + self.param('bias_out', nn.initializers.zeros, (depth,)))
-    return _BatchNorm(affine=False, name='bn_out')(x[:, :height, :width])
+    return _BatchNorm(classes=0, name='bn_out')(x[:, :height, :width])

@@ -83,7 +83,8 @@ def class_statistics(moments: Moments, weights: jax.Array) -> Statistics:
     (0, sqrt(EPSILON)) and carry no gradient.
   """
   mean = jnp.einsum('bk,bc->kc', weights, moments.mean)
-  between = jnp.square(moments.mean[:, None] - mean)
-  var = jnp.einsum('bk,bc->kc', weights, moments.var)
-  var += jnp.einsum('bk,bkc->kc', weights, between)
+  # Each sample against the mean of its own class: [B, C], however many classes.
+  own = jnp.einsum('bk,kc->bc', (weights > 0).astype(mean.dtype), mean)
+  spread = moments.var + jnp.square(moments.mean - own)
+  var = jnp.einsum('bk,bc->kc', weights, spread)
   return Statistics(mean, jnp.sqrt(var + EPSILON))

@@ -17,8 +17,9 @@ _jit = functools.partial(
 _LABELS = np.array([0, 1, 2, 3, 0, 1])
 
 
-def _generator(shape):
-  return Generator(shape, _CLASSES, _LATENT, (8, 8, 4))
+def _generator(shape, conditional=False):
+  channels = (8, 8, 8, 4) if conditional else (8, 8, 4)
+  return Generator(shape, _CLASSES, _LATENT, channels, conditional)
 
 
 def _noise(seed=0):
@@ -26,9 +27,9 @@ def _noise(seed=0):
 
 
 @functools.cache
-def _made(shape):
+def _made(shape, conditional=False):
   """Variables, and the compiled generator."""
-  generator = _generator(shape)
+  generator = _generator(shape, conditional)
   shapes = jax.eval_shape(generator.init, jax.random.key(0), _noise(), _LABELS)
   random = np.random.RandomState(0)  # compiling `init` takes seconds
   variables = jax.tree.map(
@@ -37,9 +38,17 @@ def _made(shape):
   return variables, _jit(generator.apply)
 
 
-@pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 3), (30, 30, 3)])
-def test_shape_and_scale(shape):
-  variables, apply = _made(shape)
+@pytest.mark.parametrize(
+  ('shape', 'conditional'),
+  [
+    ((28, 28, 1), False),
+    ((32, 32, 3), False),
+    ((30, 30, 3), False),
+    ((36, 32, 3), True),
+  ],
+)
+def test_shape_and_scale(shape, conditional):
+  variables, apply = _made(shape, conditional)
   x = np.asarray(apply(variables, _noise(), _LABELS))
   assert x.shape == (_BATCH, *shape)
   assert x.dtype == np.float32
@@ -58,8 +67,9 @@ def test_deterministic_and_without_order():
   np.testing.assert_allclose(y, x[order], atol=1e-4)
 
 
-def test_labels_and_noise_decide_the_image():
-  variables, apply = _made((28, 28, 1))
+@pytest.mark.parametrize('conditional', [False, True])
+def test_labels_and_noise_decide_the_image(conditional):
+  variables, apply = _made((28, 28, 1), conditional)
   z = _noise()
   z[1] = z[0]
   # Samples 0 and 1 share noise; sample 4 shares the label of 0 only.
@@ -70,14 +80,16 @@ def test_labels_and_noise_decide_the_image():
   assert np.abs(other[0] - other[1]).max() > 0.5
 
 
-def test_every_parameter_has_a_gradient():
-  variables, _ = _made((28, 28, 1))
+@pytest.mark.parametrize('conditional', [False, True])
+def test_every_parameter_has_a_gradient(conditional):
+  variables, _ = _made((28, 28, 1), conditional)
   direction = np.random.RandomState(1).randn(_BATCH, 28, 28, 1)
 
   @_jit
   def gradient(variables, z, labels):
     def project(params):
-      x = _generator((28, 28, 1)).apply({'params': params}, z, labels)
+      generator = _generator((28, 28, 1), conditional)
+      x = generator.apply({'params': params}, z, labels)
       return jnp.sum(x * direction)
 
     return jax.grad(project)(variables['params'])
