@@ -188,7 +188,7 @@ class Steps:
       self._calibrate,
       teacher,
       jax.ShapeDtypeStruct(
-        (self.batch_size, *self.generator.shape), jnp.float32
+        (self.batch_size, *self.generator.shape), jnp.zeros(()).dtype
       ),
     )
     student = {
