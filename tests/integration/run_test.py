@@ -230,8 +230,17 @@ def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
   evaluation.path = _npz(tmp_path / 'b.npz', images, labels)
   evaluation.network = 'teacher'
   again = clusterq_jax.evaluate(tiny_config, str(workdir))
-  assert again.pop('teacher') == {'top1': 60.0}
-  del results['teacher']
+  assert again['teacher'] == {'top1': 60.0}
+  # The same images as files.
+  rows = ['file,label']
+  for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+    Image.fromarray(image).save(tmp_path / f'{i}.png')
+    rows.append(f'{i}.png,{label}')
+  (tmp_path / 'labels.csv').write_text('\n'.join(rows))
+  evaluation.source, evaluation.path = 'folder', str(tmp_path)
+  evaluation.resize = 0
+  assert clusterq_jax.evaluate(tiny_config, str(workdir)) == again
+  del again['teacher'], results['teacher']
   assert again == results
   for name in ('student.safetensors', 'metrics.jsonl', 'samples.png'):
     assert (workdir / name).read_bytes() == (
