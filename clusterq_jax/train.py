@@ -20,6 +20,7 @@ from clusterq_jax import (
   data,
   evaluation,
   experiment,
+  reuse,
   samples,
   sharding,
 )
@@ -197,7 +198,9 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   restored = checkpoints.restore(abstract, say=print)
   if restored is None:
     state, wall_before = init(*init_args), 0.0
-    checkpoints.save(0, state, 0.0)
+    if config.generator.workdir:
+      state = reuse.take_generator(config, teacher, run.keys[_INIT], state)
+    checkpoints.save(int(state.step), state, 0.0)
   else:
     state, wall_before = restored
 
