@@ -140,6 +140,16 @@ def defaults() -> ml_collections.ConfigDict:
   return config.lock()
 
 
+def imagenet() -> ml_collections.ConfigDict:
+  """The paper's values for ImageNet."""
+  config = defaults()
+  config.teacher.num_classes = 1000
+  config.generator.conditional = True
+  config.student.lr = 1e-6
+  config.schedule.batch_size = 16
+  return config
+
+
 def fast() -> ml_collections.ConfigDict:
   """The short recipe: minutes on two CPU cores.
 
