@@ -184,14 +184,14 @@ def prepare(tmp_path, monkeypatch):
   pytest.importorskip('array_record')
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
 
-  def call(name, version='1.0.0', file_format='array_record', **splits):
+  def call(name, version='1.0.0', **splits):
     image, label = tfds.features.Image, tfds.features.ClassLabel
     kinds = {'image': image(), 'label': label(num_classes=3)}
     used = {key for examples in splits.values() for key in examples[0]}
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       VERSION = tfds.core.Version(version)
-      code_path = None
+      code_path = None  # looked up to find checksums of downloads
 
       def _info(self):
         features = {key: kinds.get(key, tfds.features.Text()) for key in used}
@@ -206,7 +206,8 @@ def prepare(tmp_path, monkeypatch):
         raise NotImplementedError
 
     Made.name = name
-    Made(data_dir=str(tmp_path), file_format=file_format).download_and_prepare()
+    made = Made(data_dir=str(tmp_path), file_format='array_record')
+    made.download_and_prepare()
 
   return call
 
@@ -254,9 +255,11 @@ def test_tfds(prepare, name, version, split):
 
 
 def test_tfds_images_are_cropped_as_files_are(prepare, tmp_path):
-  (example,) = _examples(1, (24, 40))
-  prepare('mine', test=_encoded([example]))
-  Image.fromarray(example['image']).save(_folder(tmp_path) / '0.png')
+  examples = _encoded(_examples(1, (24, 40)))
+  prepare('mine', test=examples)
+  folder = tmp_path / 'files' / 'a'
+  folder.mkdir(parents=True)
+  (folder / '0.png').write_bytes(examples[0]['image'].getvalue())
   shape, resize = (8, 8, 3), 12
   np.testing.assert_array_equal(
     _load_tfds('mine', shape, resize).images[:],
@@ -264,16 +267,11 @@ def test_tfds_images_are_cropped_as_files_are(prepare, tmp_path):
   )
 
 
-def _folder(tmp_path):
-  folder = tmp_path / 'files' / 'a'
-  folder.mkdir(parents=True)
-  return folder
-
-
 def test_unreadable_tfds_images_are_named(prepare, capsys):
   examples = _encoded(_examples(3))
   examples[1]['image'] = io.BytesIO(examples[1]['image'].getvalue()[:200])
   prepare('mine', test=examples)
+  capsys.readouterr()
   images = _load_tfds('mine')
   networks = {
     'teacher': lambda x: np.eye(3)[np.zeros(len(x), int)],

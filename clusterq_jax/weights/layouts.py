@@ -335,7 +335,8 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
     tensors = _as_dense(layout, tensors)
   in_channels, options = _options(arch, layout, tensors, metadata)
   layers = _layers(arch, in_channels, **options)
-  _check_order(path, layout, layers, tensors)
+  if layout.torch_order:
+    _check_order(path, layout, layers, tensors)
   _check(path, arch, layout, in_channels, options, tensors)
   variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
     'params': {},
