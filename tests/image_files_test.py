@@ -129,7 +129,7 @@ def test_unreadable_images_are_named_and_left_out(classes, capsys):
   for name, line in zip(('ant/1', 'cat/0', 'cat/1'), lines, strict=False):
     assert f'{name}.png' in line
   assert '16 x 15 pixels, too few' in lines[2]
-  assert lines[3] == '3 images are left out'
+  assert lines[3] == 'left out: 3 of 6 images'
 
 
 def test_nothing_can_be_read(tmp_path):
