@@ -71,9 +71,9 @@ def convert(
   ]
   if unknown:
     report.append(
-      'WARNING: nothing says what input these weights expect; give --'
-      f'{", --".join(unknown)}, or config.teacher.{", ".join(unknown)} to every '
-      'run.'
+      'WARNING: nothing says what input these weights expect; give '
+      f'--{", --".join(unknown)}, or config.teacher.{", ".join(unknown)} to '
+      'every run.'
     )
   elif assumed:
     values = ', '.join(f'{name} {expected[name]}' for name in assumed)

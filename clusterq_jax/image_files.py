@@ -142,7 +142,11 @@ def read_tfds(
       f'eval.path={name!r}: its features are {", ".join(features)}; expected '
       'image and label'
     )
-  labels = np.array([example['label'] for example in source])
+  try:
+    labels = np.array([example['label'] for example in source])
+  except Exception as e:  # a damaged file raises many kinds
+    reason = ' '.join(str(e).split())
+    raise InputError(f'eval.path={name!r}: cannot be read ({reason})') from e
   if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
     raise InputError(
       f'eval.path={name!r}: labels are {labels.dtype} {list(labels.shape)}; '

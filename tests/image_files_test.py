@@ -300,6 +300,10 @@ def test_unfit_tfds(prepare, tmp_path):
   assert 'prepared splits are train; expected' in refusal('mine')
   prepare('texts', test=[{'text': 'a', 'label': 0}])
   assert 'expected image and label' in refusal('texts')
+  prepare('cut', test=_encoded(_examples()))
+  (file,) = tmp_path.glob('cut/1.0.0/*array_record*')
+  file.write_bytes(file.read_bytes()[:-2000])
+  refusal('cut')
 
 
 def test_missing_tfds(monkeypatch):

