@@ -27,7 +27,7 @@ _CHOICES = {
   'student.optimizer': ('sgd', 'adam'),
   'loss.class_reduction': ('sum', 'mean'),
   'schedule.lr_decay': ('step', 'cosine'),
-  'eval.source': ('none', 'fashion_mnist', 'npz', 'folder'),
+  'eval.source': ('none', 'fashion_mnist', 'npz', 'folder', 'tfds'),
   'eval.network': ('student', 'teacher', 'integer'),
 }
 # Smallest value allowed.
@@ -127,7 +127,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.source = 'none'
   evaluation.path = ''
-  evaluation.resize = placeholder(int)  # see `data.load`
+  # See `data.load`. None: as `registry.Architecture.crop` has it.
+  evaluation.resize = placeholder(int)
   evaluation.network = 'student'
   evaluation.batch_size = 250
   evaluation.synthetic_images = 2048

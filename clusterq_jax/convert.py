@@ -66,10 +66,14 @@ def convert(
       f'{loaded.options["num_classes"]} classes'
     )
   expected, assumed = teacher.expected_input(arch, loaded, preprocessing)
-  if not {'mean', 'std'} <= expected.keys():
+  unknown = [
+    name for name in ('image_size', 'mean', 'std') if name not in expected
+  ]
+  if unknown:
     report.append(
-      'WARNING: nothing says what input these weights expect; give --mean and '
-      '--std, or config.teacher.mean and config.teacher.std to every run.'
+      'WARNING: nothing says what input these weights expect; give '
+      f'--{", --".join(unknown)}, or config.teacher.{", ".join(unknown)} to '
+      'every run.'
     )
   elif assumed:
     values = ', '.join(f'{name} {expected[name]}' for name in assumed)

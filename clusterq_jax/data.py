@@ -23,6 +23,11 @@ FASHION_MNIST_CLASSES = (
   'T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot'
 ).split()
 
+_IMAGE_FILES = {
+  'folder': image_files.read_folder,
+  'tfds': image_files.read_tfds,
+}
+
 
 class Images(NamedTuple):
   """images uint8 [N, H, W, C]; labels int32 [N]."""
@@ -161,18 +166,18 @@ def load(
   path: str,
   shape: tuple[int, int, int],
   num_classes: int,
-  resize: int | None = None,
+  resize: int = 0,
 ) -> Images | None:
   """Evaluation images as the config's `eval` section names them.
 
   Args:
-    source: 'none', 'fashion_mnist' (embedded test images), 'npz' or 'folder'
-      (see `image_files`).
-    path: the file, or the folder.
+    source: 'none', 'fashion_mnist' (embedded test images), 'npz', 'folder' or
+      'tfds' (see `image_files`).
+    path: the file, the folder, or the name of the data set.
     shape: (H, W, C) that the teacher expects.
     num_classes: K; labels are 0..K-1.
     resize: of image files: length of the shorter side before the centre crop;
-      None: what leaves 7/8 of it; 0: as it is.
+      0: as it is.
 
   Returns:
     The images, or None for 'none'.
@@ -184,11 +189,8 @@ def load(
     return None
   if source == 'fashion_mnist':
     name, images = source, read_fashion_mnist(ASSETS, 't10k')
-  elif source == 'folder':
-    if resize is None:
-      resize = round(min(shape[:2]) / 0.875)
-    files, labels = image_files.read_folder(path, shape, resize)
-    name, images = path, Images(files, labels)
+  elif source in _IMAGE_FILES:
+    name, images = path, Images(*_IMAGE_FILES[source](path, shape, resize))
   else:
     name, images = path, read_npz(path)
   if images.images.shape[1:] != shape:

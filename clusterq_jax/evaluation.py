@@ -47,11 +47,11 @@ def percent(right: np.ndarray) -> float:
   return round(100 * float(np.mean(right)), 4)
 
 
-def _report(broken: Mapping[int, str]) -> None:
+def _report(broken: Mapping[int, str], count: int) -> None:
   for index in sorted(broken)[:_NAMED]:
     print(f'unreadable: {broken[index]}', file=sys.stderr)
   if broken:
-    print(f'{len(broken)} images are left out', file=sys.stderr)
+    print(f'left out: {len(broken)} of {count} images', file=sys.stderr)
 
 
 def on_images(
@@ -81,7 +81,7 @@ def on_images(
     readable = np.ones(len(images.labels), bool)
     if isinstance(images.images, ImageFiles):
       readable[list(images.images.broken)] = False
-      _report(images.images.broken)
+      _report(images.images.broken, len(readable))
     answers, labels = found[:, readable], images.labels[readable]
     if not len(labels):
       raise InputError('eval.path: none of the images can be read')

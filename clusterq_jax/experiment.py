@@ -11,6 +11,7 @@ from clusterq_jax import data, sharding
 from clusterq_jax import generator as generator_lib
 from clusterq_jax import teacher as teacher_lib
 from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.steps import LossWeights, Steps
 
@@ -117,10 +118,13 @@ def load_images(
   config: ml_collections.ConfigDict, teacher: teacher_lib.Teacher
 ) -> data.Images | None:
   """The evaluation images that `config.eval` names; None for none."""
+  shape, resize = teacher.preprocessing.shape, config.eval.resize
+  if resize is None:
+    resize = registry.architecture(config.teacher.arch).resize(min(shape[:2]))
   return data.load(
     config.eval.source,
     config.eval.path,
-    teacher.preprocessing.shape,
+    shape,
     teacher.num_classes,
-    config.eval.resize,
+    resize,
   )

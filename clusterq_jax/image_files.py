@@ -2,7 +2,8 @@
 
 Two layouts of a folder: a sub-folder of images per class, in the order of their
 names; or `labels.csv` with a header `file,label`, files relative to `images/`
-beside it or to the folder itself.
+beside it or to the folder itself. Or a data set that TensorFlow Datasets has
+prepared as array_record, which is read without TensorFlow.
 
 Each image is made RGB (or grey), its shorter side resized, the centre cropped:
 bicubic, with Pillow. A file that cannot be decoded is noted and never raises in
@@ -12,8 +13,11 @@ the middle of an evaluation; its place holds zeros.
 import concurrent.futures
 import csv
 import dataclasses
+import io
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +26,7 @@ from clusterq_jax.errors import InputError
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tiff', '.webp')
 _LABELS = 'labels.csv'
+_SPLITS = ('validation', 'test')  # ImageNet's test images have no labels
 
 
 @dataclasses.dataclass
@@ -29,13 +34,15 @@ class ImageFiles:
   """Looks like an array uint8 [N, H, W, C], of which slices are decoded.
 
   Attributes:
-    paths: of the N files.
+    open: the file of an index, or its path.
+    name: what an index is called in messages.
     shape: (N, H, W, C).
     resize: length of the shorter side before the crop; 0: as it is.
     broken: why a file could not be decoded, by index; filled on the way.
   """
 
-  paths: list[pathlib.Path]
+  open: Callable[[int], pathlib.Path | io.BytesIO]
+  name: Callable[[int], str]
   shape: tuple[int, int, int, int]
   resize: int
   broken: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -44,7 +51,7 @@ class ImageFiles:
     self._workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
   def __len__(self) -> int:
-    return len(self.paths)
+    return self.shape[0]
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     """Decodes a slice, in parallel: Pillow lets go of the interpreter."""
@@ -54,7 +61,7 @@ class ImageFiles:
   def _decode(self, index: int) -> np.ndarray:
     _, height, width, channels = self.shape
     try:
-      with Image.open(self.paths[index]) as file:
+      with Image.open(self.open(index)) as file:
         image = file.convert('L' if channels == 1 else 'RGB')
       if self.resize:
         scale = self.resize / min(image.size)
@@ -70,7 +77,7 @@ class ImageFiles:
       return np.asarray(image, np.uint8).reshape(height, width, channels)
     except Exception as e:  # decoders raise many kinds
       reason = ' '.join(str(e).split()) or type(e).__name__
-      self.broken[index] = f'{self.paths[index]}: {reason}'
+      self.broken[index] = f'{self.name(index)}: {reason}'
       return np.zeros((height, width, channels), np.uint8)
 
 
@@ -94,8 +101,89 @@ def read_folder(
     paths, labels = _from_csv(root)
   else:
     paths, labels = _from_classes(root)
-  files = ImageFiles(paths, (len(paths), *shape), resize)
+  files = ImageFiles(
+    paths.__getitem__,
+    lambda index: str(paths[index]),
+    (len(paths), *shape),
+    resize,
+  )
   return files, np.array(labels, np.int32)
+
+
+def read_tfds(
+  name: str, shape: tuple[int, int, int], resize: int
+) -> tuple[ImageFiles, np.ndarray]:
+  """The validation images, or else the test images, of a TFDS data set.
+
+  Args:
+    name: as TFDS spells it: 'imagenet2012', 'cifar10:3.0.2'. It lies in
+      $TFDS_DATA_DIR, or else in ~/tensorflow_datasets.
+    shape: (H, W, C) to crop to.
+    resize: see `ImageFiles`.
+
+  Returns:
+    The images and their labels, int32 [N]: all records are read once for them.
+
+  Raises:
+    InputError: TFDS is not installed, the data set is not prepared, or it is
+      not one of labelled images.
+  """
+  splits = _tfds_splits(name)
+  split = next((split for split in _SPLITS if split in splits), None)
+  if split is None:
+    raise InputError(
+      f'eval.path={name!r}: the prepared splits are {", ".join(splits)}; '
+      f'expected {" or ".join(_SPLITS)}'
+    )
+  source = splits[split]
+  features = list(source.dataset_info.features)
+  if not {'image', 'label'} <= set(features):
+    raise InputError(
+      f'eval.path={name!r}: its features are {", ".join(features)}; expected '
+      'image and label'
+    )
+  try:
+    labels = np.array([example['label'] for example in source])
+  except Exception as e:  # a damaged file raises many kinds
+    reason = ' '.join(str(e).split())
+    raise InputError(f'eval.path={name!r}: cannot be read ({reason})') from e
+  if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+    raise InputError(
+      f'eval.path={name!r}: labels are {labels.dtype} {list(labels.shape)}; '
+      'expected a class number for each image'
+    )
+  files = ImageFiles(
+    lambda index: io.BytesIO(source[index]['image']),
+    lambda index: f'{name}, {split} image {index}',
+    (len(source), *shape),
+    resize,
+  )
+  return files, labels.astype(np.int32)
+
+
+def _tfds_splits(name: str) -> dict[str, Any]:
+  """The prepared splits by name, images left encoded."""
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as e:
+    raise InputError(
+      f"eval.source='tfds': {e}; pip install tensorflow-datasets array_record"
+    ) from e
+  try:
+    splits = tfds.data_source(
+      name, download=False, decoders={'image': tfds.decode.SkipDecoding()}
+    )
+    reason = 'nothing is prepared'
+  except Exception as e:  # it raises many kinds
+    splits, reason = {}, (str(e).splitlines() or [type(e).__name__])[0]
+  if not splits:
+    raise InputError(
+      f'eval.path={name!r}: not found as array_record in '
+      f'{tfds.core.constants.DATA_DIR} ({reason}); set TFDS_DATA_DIR to its '
+      'folder, or prepare it once, which needs pip install tensorflow: '
+      f'tfds build {name} --file_format=array_record'
+    )
+  return splits
 
 
 def _from_classes(root: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:

@@ -54,7 +54,8 @@ def load(
   Args:
     arch: name of the architecture.
     path: weights file, or 'embedded'.
-    hint: how to get the file, for the error when it is not there.
+    hint: how to get the file, for the error when it is not there; '': as is
+      usual for the architecture.
     num_classes: what the config expects; None takes what the file has.
     **preprocessing: fields of `Preprocessing`; None means that the file's
       metadata say it.
@@ -63,8 +64,11 @@ def load(
     InputError: no such file, unfit weights, or nothing says what they expect.
   """
   file = EMBEDDED_FILE if path == EMBEDDED else pathlib.Path(path)
-  if not file.exists() and hint:
-    raise InputError(f'teacher.weights: no file {path}; {hint}')
+  if not file.exists():
+    hint = hint or registry.architecture(arch).source
+    raise InputError(
+      f'teacher.weights: no file {path}' + f'; {hint}' * bool(hint)
+    )
   loaded = weights_lib.load(str(file), arch)
   options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
   classes = int(loaded.options['num_classes'])

@@ -348,7 +348,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   if images is None:
     raise InputError(
       "config.eval.source='none': nothing to evaluate on; expected "
-      'fashion_mnist, or npz or folder and config.eval.path=PATH'
+      'fashion_mnist, or npz, folder or tfds and config.eval.path=PATH'
     )
   networks: dict[str, evaluation.Predict] = {}
   if config.eval.network != 'teacher':

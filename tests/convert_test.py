@@ -97,6 +97,7 @@ def test_nothing_says_what_is_expected(run, tmp_path):
   code, out, _ = run(arch='resnet8', input=source, output=output)
   assert code == 0
   assert 'WARNING: nothing says what input these weights expect' in out
+  assert 'give --image_size, --mean, --std, or config.teacher.image_size' in out
   with safetensors.safe_open(output, 'np') as file:
     assert not {'mean', 'std'} & file.metadata().keys()
 

@@ -1,11 +1,15 @@
-"""Folders of image files: what is read, how it is cropped, what is refused."""
+"""Image files: what is read, how it is cropped, what is refused."""
+
+import io
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clusterq_jax import data, evaluation
+from clusterq_jax import data, evaluation, experiment
 from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
 
 
 def _write(path, seed, size=(16, 16), mode='RGB'):
@@ -65,10 +69,33 @@ def test_resize_and_crop(tmp_path):
   (found,) = _load(tmp_path, (8, 8, 3), resize=12).images[:1]
   small = Image.fromarray(pixels).resize((20, 12), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(found, np.asarray(small)[2:10, 6:14])
-  # Unless told: 8 is seven eighths of 9.
-  (found,) = _load(tmp_path, (8, 8, 3), resize=None).images[:1]
-  small = Image.fromarray(pixels).resize((15, 9), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(found, np.asarray(small)[0:8, 3:11])
+
+
+@pytest.mark.parametrize(
+  ('arch', 'side', 'expected'),
+  [
+    ('resnet20', 32, 32),
+    ('resnet50', 224, 256),
+    ('mobilenet_v2', 192, 219),
+    ('efficientnet_lite0', 224, 256),
+    ('efficientnet_lite4', 300, 332),
+  ],
+)
+def test_usual_resize(arch, side, expected):
+  assert registry.architecture(arch).resize(side) == expected
+
+
+def test_resize_unless_told(tmp_path, tiny_config):
+  pixels = _write(tmp_path / 'a' / '0.png', 0, size=(40, 24))
+  tiny_config.eval.source = 'folder'
+  tiny_config.eval.path = str(tmp_path)
+  loaded = experiment.load_teacher(tiny_config)
+  (found,) = experiment.load_images(tiny_config, loaded).images[:1]
+  small = Image.fromarray(pixels).resize((13, 8), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(found, np.asarray(small)[:, 2:10])
+  tiny_config.eval.resize = 0
+  (found,) = experiment.load_images(tiny_config, loaded).images[:1]
+  np.testing.assert_array_equal(found, pixels[8:16, 16:24])
 
 
 @pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA'])
@@ -102,7 +129,7 @@ def test_unreadable_images_are_named_and_left_out(classes, capsys):
   for name, line in zip(('ant/1', 'cat/0', 'cat/1'), lines, strict=False):
     assert f'{name}.png' in line
   assert '16 x 15 pixels, too few' in lines[2]
-  assert lines[3] == '3 images are left out'
+  assert lines[3] == 'left out: 3 of 6 images'
 
 
 def test_nothing_can_be_read(tmp_path):
@@ -139,3 +166,147 @@ def test_unfit_folders(tmp_path):
     InputError, match='found no images; expected a sub-folder'
   ):
     _load(tmp_path)
+
+
+# --- TensorFlow Datasets ------------------------------------------------------
+
+
+def _png(pixels):
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, 'png')
+  return io.BytesIO(file.getvalue())
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+  """Prepares a data set as array_record; TFDS writes it without TensorFlow."""
+  tfds = pytest.importorskip('tensorflow_datasets')
+  pytest.importorskip('array_record')
+  monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
+
+  def call(name, version='1.0.0', **splits):
+    image, label = tfds.features.Image, tfds.features.ClassLabel
+    kinds = {'image': image(), 'label': label(num_classes=3)}
+    used = {key for examples in splits.values() for key in examples[0]}
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+      VERSION = tfds.core.Version(version)
+      code_path = None  # looked up to find checksums of downloads
+
+      def _info(self):
+        features = {key: kinds.get(key, tfds.features.Text()) for key in used}
+        return tfds.core.DatasetInfo(
+          builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+      def _split_generators(self, _):
+        return {name: enumerate(found) for name, found in splits.items()}
+
+      def _generate_examples(self):
+        raise NotImplementedError
+
+    Made.name = name
+    made = Made(data_dir=str(tmp_path), file_format='array_record')
+    made.download_and_prepare()
+
+  return call
+
+
+def _load_tfds(name, shape=(16, 16, 3), resize=0):
+  return data.load('tfds', name, shape, 3, resize)
+
+
+def _examples(count=3, size=(16, 16)):
+  random = np.random.RandomState(0)
+  return [
+    {'image': random.randint(0, 256, (*size, 3), np.uint8), 'label': i % 3}
+    for i in range(count)
+  ]
+
+
+def _encoded(examples):
+  return [{**e, 'image': _png(e['image'])} for e in examples]
+
+
+@pytest.mark.parametrize(
+  ('name', 'version', 'split'),
+  [
+    ('cifar10', '3.0.2', 'test'),  # what TFDS knows under these names
+    ('imagenet2012', '5.1.0', 'validation'),
+    ('mine', '1.0.0', 'test'),
+  ],
+)
+def test_tfds(prepare, name, version, split):
+  examples = _examples(5)
+  other = {'validation': 'test', 'test': 'train'}[split]
+  # TFDS shuffles; the labels are those of the images all the same.
+  prepare(
+    name, version, **{split: _encoded(examples), other: _encoded(examples[:1])}
+  )
+  found = _load_tfds(name)
+  assert found.images.shape == (5, 16, 16, 3)
+  assert found.labels.dtype == np.int32
+  assert sorted(found.labels) == [0, 0, 1, 1, 2]
+  known = {e['image'].tobytes(): e['label'] for e in examples}
+  assert [known[image.tobytes()] for image in found.images[:]] == list(
+    found.labels
+  )
+  assert 'tensorflow' not in sys.modules
+
+
+def test_tfds_images_are_cropped_as_files_are(prepare, tmp_path):
+  examples = _encoded(_examples(1, (24, 40)))
+  prepare('mine', test=examples)
+  folder = tmp_path / 'files' / 'a'
+  folder.mkdir(parents=True)
+  (folder / '0.png').write_bytes(examples[0]['image'].getvalue())
+  shape, resize = (8, 8, 3), 12
+  np.testing.assert_array_equal(
+    _load_tfds('mine', shape, resize).images[:],
+    _load(tmp_path / 'files', shape, resize=resize).images[:],
+  )
+
+
+def test_unreadable_tfds_images_are_named(prepare, capsys):
+  examples = _encoded(_examples(3))
+  examples[1]['image'] = io.BytesIO(examples[1]['image'].getvalue()[:200])
+  prepare('mine', test=examples)
+  capsys.readouterr()
+  images = _load_tfds('mine')
+  networks = {
+    'teacher': lambda x: np.eye(3)[np.zeros(len(x), int)],
+    'student': lambda x: np.eye(3)[np.zeros(len(x), int)],
+  }
+  assert evaluation.on_images(networks, images, 2)['student']['n'] == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 2
+  assert 'unreadable: mine, test image ' in lines[0]
+
+
+def test_unfit_tfds(prepare, tmp_path):
+  def refusal(name):
+    with pytest.raises(InputError) as caught:
+      _load_tfds(name)
+    message = str(caught.value)
+    assert '\n' not in message
+    assert f'eval.path={name!r}' in message
+    return message
+
+  for name in ('cifar100', 'nowhere', '', 'cifar10/x', 'cifar10:1.2.3'):
+    message = refusal(name)
+    assert f'tfds build {name} --file_format=array_record' in message
+    assert str(tmp_path) in message
+  prepare('mine', train=_encoded(_examples()))
+  assert 'prepared splits are train; expected' in refusal('mine')
+  prepare('texts', test=[{'text': 'a', 'label': 0}])
+  assert 'expected image and label' in refusal('texts')
+  prepare('cut', test=_encoded(_examples()))
+  (file,) = tmp_path.glob('cut/1.0.0/*array_record*')
+  file.write_bytes(file.read_bytes()[:-2000])
+  refusal('cut')
+
+
+def test_missing_tfds(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+  with pytest.raises(InputError, match='pip install tensorflow-datasets'):
+    _load_tfds('cifar10')

@@ -291,6 +291,52 @@ def test_no_batch_norm_statistics(weights):
   state = {k: v for k, v in _akamaster().items() if 'running' not in k}
   message = _refusal(layouts.load, _save(weights, state), 'resnet20')
   assert 'needs a teacher with BatchNorm statistics' in message
+  assert 'supported networks are resnet8, ' in message
+
+
+@pytest.mark.parametrize(
+  'key',
+  [
+    'layer1.0.se.fc1.weight',  # timm
+    'blocks.0.0.se.conv_reduce.weight',
+    'features.stage1.unit1.se.conv1.weight',  # pytorchcv
+    'features.1.block.1.fc1.weight',  # torchvision
+    '_blocks.0._se_reduce.weight',  # efficientnet-pytorch
+  ],
+)
+def test_squeeze_and_excitation(weights, key):
+  state = _akamaster() | {key: np.ones((4, 16, 1, 1), np.float32)}
+  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  assert f'squeeze-and-excitation ({key}) is not supported' in message
+  assert 'supported networks are resnet8, ' in message
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'mobilenet_v2'])
+def test_transposed_kernels(weights, name):
+  if name == 'resnet20':
+    state = _akamaster()
+  else:
+    layout = layouts.LAYOUTS[name][0]
+    state = {
+      layout.key(layer, leaf): np.ones(layout.to_source(shape), np.float32)
+      for layer in layouts._layers(name, 3, num_classes=5)
+      for leaf, shape in layer.shapes.items()
+    }
+  layouts.load(_save(weights, state), name)
+  first = next(iter(state))
+  flax = {
+    k: v.transpose(2, 3, 1, 0) if v.ndim == 4 else v.T for k, v in state.items()
+  }
+  message = _refusal(layouts.load, _save(weights, flax), name)
+  shape = list(flax[first].shape)
+  assert f'kernels are transposed ({first} is {shape})' in message
+  # Depthwise kernels of TensorFlow itself are [height, width, channels, 1].
+  depthwise = {
+    k: v.transpose(0, 1, 3, 2) if v.shape[2:3] == (1,) else v
+    for k, v in flax.items()
+  }
+  message = _refusal(layouts.load, _save(weights, depthwise), name)
+  assert 'kernels are transposed' in message
 
 
 def test_negative_variance(weights):
@@ -358,7 +404,7 @@ def test_names_cannot_break_the_line(weights):
     ('absent.safetensors', None, 'no such file'),
     ('a.safetensors', b'', 'an empty file (0 bytes)'),
     ('a.pt', b'', 'an empty file (0 bytes)'),
-    ('a.onnx', b'x', "extension '.onnx', expected .safetensors, .th"),
+    ('a.onnx', b'x', "extension '.onnx', expected .safetensors, .npz, .th"),
     ('weights', b'x', 'no extension'),
     ('a.safetensors', b'hello world', "start with b'hello wo' (11 bytes)"),
     ('a.safetensors', b'PK\3\4' + bytes(60), 'a zip of something else'),
@@ -422,6 +468,41 @@ def test_unflatten_refuses_a_tensor_that_is_a_group(keys):
     files.unflatten(dict.fromkeys(keys, np.ones(1)))
 
 
+# --- npz ---------------------------------------------------------------------
+
+
+def test_npz_is_what_safetensors_is(tmp_path, weights):
+  state = {f'module.{k}': v for k, v in _akamaster().items()}
+  state['module.linear.weight'] = state['module.linear.weight'].astype(float)
+  path = tmp_path / 'w.npz'
+  np.savez(path, **state)
+  ours = layouts.load(path, 'resnet20')
+  theirs = layouts.load(_save(weights, state), 'resnet20')
+  assert ours.report == theirs.report.replace(str(weights), str(path))
+  for collection, layers in theirs.variables.items():
+    for name, leaves in layers.items():
+      for leaf, value in leaves.items():
+        found = ours.variables[collection][name][leaf]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, value)
+
+
+def test_unfit_npz(tmp_path):
+  path = tmp_path / 'w.npz'
+  for contents in (b'hello world', b'PK\3\4' + bytes(60)):
+    path.write_bytes(contents)
+    message = _refusal(files.read_tensors, path)
+    assert 'cannot be read as an .npz of arrays' in message
+  np.savez(path, a=np.ones(1), text=np.array(['b']))
+  message = _refusal(files.read_tensors, path)
+  assert 'tensor text has type <U1' in message
+  target = tmp_path / 'created'
+  np.savez(path, a=np.array([_Touch(target)], dtype=object))
+  message = _refusal(files.read_tensors, path)
+  assert 'cannot be read as an .npz of arrays' in message
+  assert not target.exists()
+
+
 # --- Torch files -------------------------------------------------------------
 
 
@@ -454,7 +535,8 @@ def test_unsafe_torch_versions(tmp_path, monkeypatch):
 @pytest.mark.torch
 @pytest.mark.parametrize('suffix', ['.th', '.pt', '.pth'])
 @pytest.mark.parametrize('wrapper', ['state_dict', 'model', None])
-def test_torch_checkpoint(tmp_path, suffix, wrapper):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_torch_checkpoint(tmp_path, suffix, wrapper, zipped):
   torch = pytest.importorskip('torch')
   path = tmp_path / f'a{suffix}'
   state = {
@@ -462,7 +544,11 @@ def test_torch_checkpoint(tmp_path, suffix, wrapper):
     'module.bn1.weight': torch.nn.Parameter(torch.ones(2).bfloat16()),
     'module.bn1.num_batches_tracked': torch.tensor(3),
   }
-  torch.save({wrapper: state, 'epoch': 3} if wrapper else state, path)
+  torch.save(
+    {wrapper: state, 'epoch': 3} if wrapper else state,
+    path,
+    _use_new_zipfile_serialization=zipped,
+  )
   tensors, metadata = files.read_tensors(path)
   assert set(tensors) == {'conv1.weight', 'bn1.weight'}
   assert metadata == {}

