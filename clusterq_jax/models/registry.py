@@ -1,17 +1,20 @@
-"""Architectures by name, and what weights for them usually expect."""
+"""Architectures by name, what weights for them usually expect, and yours."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
 
+from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import protocol
 from clusterq_jax.models import imagenet_resnet, mobile, resnet
 
 Builder = Callable[[protocol.LayerSet], nn.Module]
+# Layer name -> what its tensors are called; see `weights.layouts.Layout`.
+Rows = Mapping[str, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +26,13 @@ class Architecture:
     network: makes it, from `layers` and options such as `num_classes`.
     preprocessing: what published weights expect, `data.Preprocessing` by field;
       empty where nothing is usual.
+    rows: of its one weight layout, where it is registered: see `register`.
   """
 
   family: str
   network: Callable[..., nn.Module]
-  preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+  preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rows: Rows | None = None
 
 
 _IMAGENET = {
@@ -97,9 +102,43 @@ def architecture(arch: str) -> Architecture:
   """
   if arch not in _ARCHITECTURES:
     raise InputError(
-      f'teacher.arch={arch!r} is not known; known are {", ".join(names())}'
+      f'no network {arch!r} is known; expected one of {", ".join(names())}; or '
+      'import first the file that registers it'
     )
   return _ARCHITECTURES[arch]
+
+
+def register(
+  name: str,
+  network: Callable[..., nn.Module],
+  rows: Rows,
+  preprocessing: Mapping[str, Any],
+) -> None:
+  """Makes a network of your own known by name, to configs and students.
+
+  Args:
+    name: for `config.teacher.arch`; one registered before is replaced.
+    network: makes it, from `layers` and `num_classes`.
+    rows: what a torch state dict calls the tensors of each layer; see
+      `weights.layouts.Layout`.
+    preprocessing: what its weights expect, `data.Preprocessing` by field;
+      configs and weights files may say otherwise.
+
+  Raises:
+    InputError: a name of a network that comes with the project, or a field of
+      `preprocessing` that is not known.
+  """
+  if name in _ARCHITECTURES and _ARCHITECTURES[name].rows is None:
+    raise InputError(
+      f'{name!r} is a network of the project; choose another name'
+    )
+  fields = [field.name for field in dataclasses.fields(Preprocessing)]
+  for field in preprocessing:
+    if field not in fields:
+      raise InputError(
+        f'{name}: preprocessing {field!r}; expected {", ".join(fields)}'
+      )
+  _ARCHITECTURES[name] = Architecture(name, network, preprocessing, rows)
 
 
 def builder(arch: str, **options) -> Builder:
