@@ -17,7 +17,8 @@ Builder = Callable[[protocol.LayerSet], nn.Module]
 Rows = Mapping[str, tuple[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity: one that is registered anew is another.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
   """A network that weights can be loaded into.
 
@@ -31,7 +32,7 @@ class Architecture:
 
   family: str
   network: Callable[..., nn.Module]
-  preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
   rows: Rows | None = None
 
 
@@ -112,33 +113,29 @@ def register(
   name: str,
   network: Callable[..., nn.Module],
   rows: Rows,
-  preprocessing: Mapping[str, Any],
+  preprocessing: Preprocessing,
 ) -> None:
-  """Makes a network of your own known by name, to configs and students.
+  """Makes a network of your own known to configs and students.
 
   Args:
     name: for `config.teacher.arch`; one registered before is replaced.
     network: makes it, from `layers` and `num_classes`.
     rows: what a torch state dict calls the tensors of each layer; see
       `weights.layouts.Layout`.
-    preprocessing: what its weights expect, `data.Preprocessing` by field;
-      configs and weights files may say otherwise.
+    preprocessing: what weights for it expect, unless a config or a weights file
+      says otherwise.
 
   Raises:
-    InputError: a name of a network that comes with the project, or a field of
-      `preprocessing` that is not known.
+    InputError: a network of that name comes with the project.
   """
   if name in _ARCHITECTURES and _ARCHITECTURES[name].rows is None:
     raise InputError(
-      f'{name!r} is a network of the project; choose another name'
+      f'register: a network {name!r} comes with the project; expected another '
+      'name'
     )
-  fields = [field.name for field in dataclasses.fields(Preprocessing)]
-  for field in preprocessing:
-    if field not in fields:
-      raise InputError(
-        f'{name}: preprocessing {field!r}; expected {", ".join(fields)}'
-      )
-  _ARCHITECTURES[name] = Architecture(name, network, preprocessing, rows)
+  _ARCHITECTURES[name] = Architecture(
+    name, network, dataclasses.asdict(preprocessing), rows
+  )
 
 
 def builder(arch: str, **options) -> Builder:

@@ -118,9 +118,13 @@ class Layout:
       row = layer.name if layer.name in self.rows else found[3]
     if not self.rows:  # our own names
       return self.leaves[leaf].format(conv=layer.name)
-    if row not in self.rows:
-      raise InputError(f'{self.name}: no row for the layer {layer.name!r}')
-    conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
+    try:
+      conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
+    except (LookupError, ValueError) as e:
+      raise InputError(
+        f'{self.name}: layer {layer.name!r} has no row of two names, or one '
+        f'with unknown fields; expected {", ".join(fields) or "no fields"}'
+      ) from e
     return self.leaves[leaf].format(conv=conv, bn=bn)
 
   def matches(self, keys: Iterable[str]) -> int:
@@ -350,7 +354,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
   if layout.conv_classifier:
     tensors = _as_dense(layout, tensors)
   in_channels, options = _options(arch, layout, tensors, metadata)
-  layers = _layers(arch, in_channels, **options)
+  layers = _layers(registry.architecture(arch), in_channels, **options)
   _check(path, arch, layout, in_channels, options, tensors)
   variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
     'params': {},
@@ -387,13 +391,19 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
 
 
 @functools.cache
-def _layers(arch: str, in_channels: int | None, **options) -> list[Layer]:
+def _layers(
+  architecture: registry.Architecture, in_channels: int | None, **options
+) -> list[Layer]:
   """The layers of an architecture, as its own definition has them."""
   classes = options.pop('num_classes')
-  build = registry.builder(arch, num_classes=classes or 1, **options)
+  options['num_classes'] = classes or 1
+
+  def build(layers):
+    return architecture.network(layers=layers, **options)
+
   network = build(float_layers.layer_set())
   # The classifier's width may depend on it.
-  size = registry.architecture(arch).preprocessing.get('image_size', (64, 64))
+  size = architecture.preprocessing.get('image_size', (64, 64))
   images = jax.ShapeDtypeStruct((1, *size, in_channels or 1), np.float32)
   params = jax.eval_shape(network.init, jax.random.key(0), images)['params']
   layers: list[Layer] = []
@@ -516,9 +526,10 @@ def _check(
       k: v for k, v in options.items() if k in ('num_classes', 'shortcut')
     }
     found |= layout.options.get(arch, {})
-    return _differences(layout, _layers(arch, in_channels, **found), tensors)
+    layers = _layers(registry.architecture(arch), in_channels, **found)
+    return _differences(layout, layers, tensors)
 
-  layers = _layers(arch, in_channels, **options)
+  layers = _layers(registry.architecture(arch), in_channels, **options)
   found = _differences(layout, layers, tensors)
   if any(found):
     kinds = ('missing', 'unexpected', 'of another shape')

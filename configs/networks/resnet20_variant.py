@@ -8,6 +8,7 @@ activation after an add but at the end of a stage, a classifier on averages of
 import jax
 from flax import linen as nn
 
+from clusterq_jax.data import Preprocessing
 from clusterq_jax.layers import protocol
 from clusterq_jax.models import registry
 
@@ -61,9 +62,9 @@ registry.register(
   'resnet20_variant',
   Variant,
   _ROWS,
-  {
-    'image_size': (32, 32),
-    'mean': (0.507, 0.487, 0.441),
-    'std': (0.267, 0.256, 0.276),
-  },
+  Preprocessing(
+    image_size=(32, 32),
+    mean=(0.507, 0.487, 0.441),
+    std=(0.267, 0.256, 0.276),
+  ),
 )
