@@ -120,10 +120,10 @@ class Layout:
       return self.leaves[leaf].format(conv=layer.name)
     try:
       conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
-    except (LookupError, ValueError) as e:
+    except LookupError as e:
       raise InputError(
-        f'{self.name}: layer {layer.name!r} has no row of two names, or one '
-        f'with unknown fields; expected {", ".join(fields) or "no fields"}'
+        f'{self.name}: the layer {layer.name!r} has no row, or one with '
+        f'unknown fields; expected {", ".join(fields) or "none"}'
       ) from e
     return self.leaves[leaf].format(conv=conv, bn=bn)
 
