@@ -146,12 +146,13 @@ def test_weights_of_another_source(file):
   assert 'found tensors of no layout known for net (x.running_mean)' in message
 
 
-def test_another_image_size(file):
+@pytest.mark.parametrize(('size', 'features'), [((9, 9), 36), ((2, 8), 0)])
+def test_another_image_size(file, size, features):
   _register()
   assert teacher.load('net', _save(file), image_size=(6, 7))
-  message = _refused(str(file), image_size=(9, 9))
-  assert message == (
-    'teacher.image_size=(9, 9): gives last 36 features; its weights take 16'
+  assert _refused(str(file), image_size=size) == (
+    f'teacher.image_size={size}: gives last {features} features; its weights '
+    'take 16'
   )
 
 
