@@ -395,7 +395,7 @@ def _layers(
   architecture: registry.Architecture, in_channels: int | None, **options
 ) -> list[Layer]:
   """The layers of an architecture, as its own definition has them."""
-  classes = options.pop('num_classes')
+  classes = options['num_classes']
   options['num_classes'] = classes or 1
 
   def build(layers):

@@ -18,6 +18,8 @@ _CONFIG = (
 )
 _STEPS = (
   '--config.quant.placement=integer',
+  '--config.quant.ranges=minmax',
+  '--config.centroids.first_layer=21',
   '--config.centroids.images_per_class=1',
   '--config.generator.channels=(8, 8, 8)',
   '--config.schedule.batch_size=8',
