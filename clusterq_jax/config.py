@@ -21,7 +21,6 @@ from clusterq_jax.quant import numerics
 FREE_SECTIONS = ('eval', 'export', 'report')
 
 _CHOICES = {
-  'teacher.arch': registry.names(),
   'quant.placement': ('paper', 'integer'),
   'quant.ranges': ('minmax', 'learned'),
   'student.optimizer': ('sgd', 'adam'),
@@ -209,6 +208,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for field in values.keys() ^ known.keys():
     problem = 'unknown' if field in values else 'missing'
     raise InputError(f'config.{field}: {problem} field')
+  try:
+    registry.architecture(values['teacher.arch'])
+  except InputError as e:
+    raise InputError(f'config.teacher.arch: {e}') from e
   for field, choices in _CHOICES.items():
     if values[field] not in choices:
       raise InputError(

@@ -127,7 +127,12 @@ def load(path: str | pathlib.Path) -> Student:
   lists = ('image_size', 'mean', 'std')
   raw |= {key: tuple(raw[key]) for key in lists}
   preprocessing = Preprocessing(**raw)
-  build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
+  try:
+    build = registry.builder(
+      metadata['arch'], **json.loads(metadata['options'])
+    )
+  except InputError as e:
+    raise InputError(f'{file}: {e}') from e
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
   graph = protocol.trace(build)
   plan = plan_lib.make_plan(

@@ -7,9 +7,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.data import ASSETS, Preprocessing
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float as float_layers
 from clusterq_jax.layers import protocol
 from clusterq_jax.models import registry
 
@@ -78,11 +82,14 @@ def load(
       f'config.teacher.num_classes={num_classes}'
     )
   build = registry.builder(arch, **options)
+  graph = protocol.trace(build)
+  expected = _preprocessing(path, arch, loaded, preprocessing)
+  _check_image_size(build, graph, loaded.variables, expected)
   return Teacher(
     build=build,
-    graph=protocol.trace(build),
+    graph=graph,
     variables=loaded.variables,
-    preprocessing=_preprocessing(path, arch, loaded, preprocessing),
+    preprocessing=expected,
     num_classes=classes,
     options=options,
     class_names=tuple(json.loads(loaded.metadata.get('class_names', '[]'))),
@@ -141,6 +148,29 @@ def _preprocessing(
   if not all(math.isfinite(s) and s > 0 for s in result.std):
     raise InputError(f'teacher.std={result.std}: expected positive numbers')
   return result
+
+
+def _check_image_size(
+  build: registry.Builder,
+  graph: protocol.Graph,
+  variables: Mapping[str, Any],
+  preprocessing: Preprocessing,
+) -> None:
+  """A classifier behind a pool of windows takes images of one size only."""
+  network = build(float_layers.layer_set())
+  images = jax.ShapeDtypeStruct((1, *preprocessing.shape), np.float32)
+  last = graph.weighted[-1]
+  found = len(variables['params'][last]['kernel'])
+  try:
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)
+    given = shapes['params'][last]['kernel'].shape[0]
+  except ZeroDivisionError:  # of an initialiser: no window fits
+    given = 0
+  if found != given:
+    raise InputError(
+      f'teacher.image_size={preprocessing.image_size}: gives {last} {given} '
+      f'features; its weights take {found}'
+    )
 
 
 def _json(raw: str) -> Any:

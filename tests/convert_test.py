@@ -30,10 +30,11 @@ def run(capsys):
 
 def _state(arch, layout, classes=5, **options):
   """Random tensors under the names that a layout gives them."""
-  layers = layouts._layers(arch, 3, num_classes=classes, **options)
+  architecture = registry.architecture(arch)
+  layers = layouts._layers(architecture, 3, num_classes=classes, **options)
   (layout,) = (
     found
-    for found in layouts.LAYOUTS[registry.architecture(arch).family]
+    for found in layouts.LAYOUTS[architecture.family]
     if found.name == layout
   )
   random = np.random.RandomState(0)

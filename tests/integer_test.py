@@ -87,11 +87,39 @@ class _Mobile(nn.Module):
     return self.layers.dense(5, name='classifier')(x)
 
 
-def _tiny(shortcut='conv', order='rgb', channels=3):
-  """Gains of both signs, one of them almost zero; shortcut None: no ResNet."""
-  build: registry.Builder = _Mobile
-  if shortcut:
-    build = registry.builder('resnet8', num_classes=5, shortcut=shortcut)
+class _Windows(nn.Module):
+  """Averages of windows, signed and not; a signed residual stream."""
+
+  layers: protocol.LayerSet
+
+  @nn.compact
+  def __call__(self, x):
+    x = self.layers.input(name='input')(x)
+    x = self.layers.conv_bn(8, 3, name='stem')(x)
+    y = self.layers.conv_bn(8, 3, name='conv1')(x)
+    x = self.layers.add(name='add')(x, y)
+    x = self.layers.avg_pool(kernel=3, strides=2, name='windows')(x)
+    x = self.layers.conv_bn(16, 3, act='relu', name='conv2')(x)
+    x = self.layers.avg_pool(kernel=2, strides=2, name='pool')(x)
+    return self.layers.dense(5, name='classifier')(x)
+
+
+_OTHERS = {'mobile': _Mobile, 'windows': _Windows}
+
+
+def _tiny(kind='conv', order='rgb', channels=3):
+  """Gains of both signs, one of them almost zero.
+
+  Args:
+    kind: of shortcut, of a ResNet; or one of the networks above.
+    order: of channels.
+    channels: of the input.
+  """
+  build: registry.Builder
+  if kind in _OTHERS:
+    build = _OTHERS[kind]
+  else:
+    build = registry.builder('resnet8', num_classes=5, shortcut=kind)
   shape = (9, 12, channels)
   shapes = jax.eval_shape(
     build(float_layers.layer_set()).init,
@@ -131,6 +159,17 @@ def _tiny(shortcut='conv', order='rgb', channels=3):
   )
 
 
+_FLOAT = {
+  'Conv',
+  'FusedConv',
+  'Gemm',
+  'MatMul',
+  'Relu',
+  'AveragePool',
+  'QLinearAveragePool',  # float inside
+}
+
+
 def _session(model, optimized=None):
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = 1
@@ -162,7 +201,7 @@ def test_runtime_agrees_on_the_embedded_network(quantized, test_images, bits):
   assert right > (0.8 if bits == (4, 4) else 0.9)
 
 
-@pytest.mark.parametrize('shortcut', ['pad', 'conv', None])
+@pytest.mark.parametrize('kind', ['pad', 'conv', *_OTHERS])
 @pytest.mark.parametrize(
   ('weights', 'activations', 'learned', 'order', 'channels'),
   [
@@ -173,9 +212,9 @@ def test_runtime_agrees_on_the_embedded_network(quantized, test_images, bits):
   ],
 )
 def test_runtime_agrees_at_any_bits(
-  shortcut, weights, activations, learned, order, channels
+  kind, weights, activations, learned, order, channels
 ):
-  source = _tiny(shortcut, order, channels)
+  source = _tiny(kind, order, channels)
   folded = _student(source, _bits(weights, activations), learned).integer()
   random = np.random.RandomState(1)
   images = random.randint(0, 256, (33, 9, 12, channels), np.uint8)
@@ -187,24 +226,30 @@ def test_runtime_agrees_at_any_bits(
   np.testing.assert_array_equal(ours[:1], _run(model, images[:1]))
 
 
-@pytest.mark.parametrize(('kind', 'adds'), [('embedded', 9), ('mobile', 1)])
-def test_every_convolution_runs_in_integers(quantized, tmp_path, kind, adds):
+@pytest.mark.parametrize(
+  ('kind', 'adds', 'windows', 'pools'),
+  [('embedded', 9, 0, 1), ('mobile', 1, 0, 1), ('windows', 1, 2, 0)],
+)
+def test_every_convolution_runs_in_integers(
+  quantized, tmp_path, kind, adds, windows, pools
+):
   network = (
     quantized(4, 4)
     if kind == 'embedded'
-    else _student(_tiny(None), _bits(4, 4))
+    else _student(_tiny(kind), _bits(4, 4))
   )
   optimized = tmp_path / 'optimized.onnx'
   _session(onnx_layers.integer_model(network.integer(), {}), optimized)
   found = collections.Counter(
     node.op_type for node in onnx.load(optimized).graph.node
   )
-  assert found['QLinearConv'] == len(network.graph.batch_norms)
+  # An average of windows is a convolution with ones.
+  assert found['QLinearConv'] == len(network.graph.batch_norms) + windows
   assert found['QGemm'] == 1
   assert found['QLinearAdd'] == adds
-  assert found['QLinearGlobalAveragePool'] == 1
+  assert found['QLinearGlobalAveragePool'] == pools
   # In float: nothing but the normalisation of pixels, up to one quantizer.
-  assert not found.keys() & {'Conv', 'FusedConv', 'Gemm', 'MatMul', 'Relu'}
+  assert not found.keys() & _FLOAT
   assert found['QuantizeLinear'] == 1
   assert not found['DequantizeLinear']
 
@@ -243,9 +288,9 @@ def test_float_twin_is_the_teacher(embedded, test_images):
 
 
 @pytest.mark.parametrize('order', ['rgb', 'bgr'])
-@pytest.mark.parametrize('shortcut', ['conv', None])
-def test_float_twin_with_other_layers(shortcut, order):
-  source = _tiny(shortcut, order)
+@pytest.mark.parametrize('kind', ['conv', *_OTHERS])
+def test_float_twin_with_other_layers(kind, order):
+  source = _tiny(kind, order)
   images = np.random.RandomState(1).randint(0, 256, (5, 9, 12, 3), np.uint8)
   model = onnx_layers.float_model(
     source.graph, source.variables, source.preprocessing, {}
@@ -341,7 +386,7 @@ def test_wide_sums_are_exact():
 
 
 def test_relu6_ends_the_codes():
-  source = _tiny(None)
+  source = _tiny('mobile')
   large = source.variables['params']['stem']
   large['scale'] = 9 * large['scale']  # so that six is exceeded
   network = _student(source, _bits(8, 8))

@@ -247,6 +247,38 @@ def test_pad_shortcut(channels, features):
   assert np.count_nonzero(y) == x[:, ::2, ::2].size
 
 
+@pytest.mark.parametrize(('kernel', 'strides'), [(2, 2), (3, 2), (4, 1)])
+def test_avg_pool(image, kernel, strides):
+  y = float_layers.avg_pool(image, kernel, strides)
+  windows = np.lib.stride_tricks.sliding_window_view(
+    np.float64(image), (kernel, kernel), (1, 2)
+  )
+  expected = windows[:, ::strides, ::strides].mean((-1, -2))
+  np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
+def test_avg_pool_has_a_quantizer(image):
+  decided = plan.Plan((), (('pool', plan.Output(8, True)),), learned=True)
+  layers = fake_quant.layer_set(decided)
+  pool = layers.avg_pool(kernel=2, strides=2, name='pool')
+  y = pool.apply({'quant': {'output': jnp.log(0.25)}}, image)
+  codes = np.asarray(float_layers.avg_pool(image, 2, 2)) / 0.25
+  np.testing.assert_allclose(y, 0.25 * np.round(codes), atol=1e-6)
+  assert np.ptp(np.round(codes)) > 4
+
+
+@pytest.mark.parametrize('quantized', [False, True])
+def test_dense_flattens_as_torch(image, quantized):
+  kernel = np.random.RandomState(0).randn(5 * 7 * 4, 3).astype(np.float32)
+  layers = float_layers.layer_set()
+  if quantized:
+    layers = fake_quant.layer_set(plan.Plan((('last', 8),), (), False))
+  params = {'kernel': kernel, 'bias': np.zeros(3, np.float32)}
+  y = layers.dense(3, name='last').apply({'params': params}, image)
+  expected = image.transpose(0, 3, 1, 2).reshape(3, -1) @ kernel
+  np.testing.assert_allclose(y, expected, atol=0.5 if quantized else 1e-4)
+
+
 # --- Wiring ------------------------------------------------------------------
 
 

@@ -264,7 +264,8 @@ def test_signs_follow_the_activation():
     protocol.Node('linear', 'conv_bn', ('image',)),
     protocol.Node('pad', 'pad_shortcut', ('linear',)),
     protocol.Node('sum', 'add', ('pad', 'linear')),
-    protocol.Node('pool', 'global_avg_pool', ('sum',)),
+    protocol.Node('windows', 'avg_pool', ('sum',)),
+    protocol.Node('pool', 'global_avg_pool', ('windows',)),
     protocol.Node('logits', 'dense', ('pool',)),
   )
   bits = plan.Bits(4, 4, 4, 4, 'integer')
@@ -272,6 +273,7 @@ def test_signs_follow_the_activation():
     'image': (8, True),
     'linear': (8, True),
     'sum': (8, True),
+    'windows': (8, True),
     'pool': (8, True),
   }
 

@@ -7,6 +7,8 @@ BatchNorm statistics are the teacher's, frozen; its gain and bias train.
 Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -138,6 +140,7 @@ class QuantDense(_Quantized):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    x = float_layers.flatten(x)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )
@@ -145,57 +148,41 @@ class QuantDense(_Quantized):
     return self.quantize_output(x @ self.quantize_weights(kernel) + bias)
 
 
-class _Input(_Quantized):
-  @nn.compact
-  def __call__(self, x):
-    return self.quantize_output(x)
+class _WithoutWeights(_Quantized, kw_only=True):
+  """A function of tensors and a quantizer on what it gives."""
 
-
-class _Add(_Quantized):
-  act: protocol.Activation = None
+  function: Callable[..., jax.Array]
 
   @nn.compact
-  def __call__(self, x, y):
-    return self.quantize_output(float_layers.activate(x + y, self.act))
-
-
-class _GlobalAvgPool(_Quantized):
-  @nn.compact
-  def __call__(self, x):
-    return self.quantize_output(jnp.mean(x, (1, 2)))
+  def __call__(self, *inputs: jax.Array) -> jax.Array:
+    return self.quantize_output(self.function(*inputs))
 
 
 def layer_set(
   plan: Plan, calibrate: bool = False, observe: bool = False
 ) -> protocol.LayerSet:
   """The quantized layers that `plan` describes; see `_Quantized`."""
+  plain = float_layers.layer_set()
 
   def quantized(layer):
-    # Positional arguments of the protocol are the layer's own leading fields.
-    own = [
-      f
-      for f in layer.__dataclass_fields__
-      if f not in _Quantized.__dataclass_fields__
-    ]
-
-    def factory(*args, **kwargs):
-      return layer(
-        plan=plan,
-        calibrate=calibrate,
-        observe=observe,
-        **dict(zip(own, args, strict=False)),
-        **kwargs,
+    def factory(*args, name: str, **options):
+      return _WithoutWeights(
+        plan,
+        calibrate,
+        observe,
+        function=layer(*args, name=name, **options),
+        name=name,
       )
 
     return factory
 
-  plain = float_layers.layer_set()
   return protocol.LayerSet(
-    input=quantized(_Input),
-    conv_bn=quantized(QuantConv),
-    dense=quantized(QuantDense),
-    add=quantized(_Add),
+    input=quantized(plain.input),
+    conv_bn=functools.partial(QuantConv, plan, calibrate, observe),
+    dense=functools.partial(QuantDense, plan, calibrate, observe),
+    add=quantized(plain.add),
     pad_shortcut=plain.pad_shortcut,
     max_pool=plain.max_pool,
-    global_avg_pool=quantized(_GlobalAvgPool),
+    avg_pool=quantized(plain.avg_pool),
+    global_avg_pool=quantized(plain.global_avg_pool),
   )

@@ -43,6 +43,16 @@ def max_pool(
   )
 
 
+def avg_pool(x: jax.Array, kernel: int, strides: int) -> jax.Array:
+  """Square windows, none of them beyond the edge."""
+  return nn.avg_pool(x, (kernel, kernel), (strides, strides))
+
+
+def flatten(x: jax.Array) -> jax.Array:
+  """[B, C] or [B, H, W, C] to [B, features]: channel, row, column."""
+  return jax.lax.collapse(jnp.moveaxis(x, -1, 1), 1)
+
+
 class ConvBN(nn.Module):
   """Convolution, BatchNorm, activation.
 
@@ -96,6 +106,7 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    x = flatten(x)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )
@@ -126,6 +137,7 @@ def layer_set(train: bool = False, tap: bool = False) -> protocol.LayerSet:
     add=no_weights(lambda x, y, act=None: activate(x + y, act)),
     pad_shortcut=no_weights(pad_channels),
     max_pool=no_weights(max_pool),
+    avg_pool=no_weights(avg_pool),
     global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2))),
   )
 

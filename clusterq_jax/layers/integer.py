@@ -7,9 +7,10 @@ Both walk the wiring that was read off the architecture (`protocol.Graph`). The
 arithmetic is that of ONNX Runtime's quantized operators on x86: a convolution
 or classifier accumulates (code - zero point) * weight code in 32-bit integers,
 with the bias in it, and rescales once, by one float32 multiplier per channel,
-rounding to even; an add is one fused multiply-add per operand, here a table
-over pairs of codes. BatchNorm is folded into the scale of the weights and into
-the bias, never into the integer weights, but for the sign of its gain.
+rounding to even; so does an average; an add is one fused multiply-add per
+operand, here a table over pairs of codes. BatchNorm is folded into the scale of
+the weights and into the bias, never into the integer weights, but for the sign
+of its gain.
 """
 
 import dataclasses
@@ -61,8 +62,10 @@ class Folded:
     grids: of every tensor but the logits, by the name of its layer.
     tensors: arrays by layer name. Input: `table` uint8 [C, 256], pixel to code.
       Convolution and classifier: `codes` int8 [..., O], `bias` int32 [O],
-      `multiplier` float32 [O]. Add: `table` uint8 [256, 256].
-    weight_steps: float32 [O] by layer name: what a weight code is worth.
+      `multiplier` float32 [O]. Add: `table` uint8 [256, 256]. Average pool:
+      `multiplier` float32 [].
+    weight_steps: float32 [O] by layer name: what a weight code is worth; of an
+      average pool, whose codes would all be one, [].
     factors: by layer name: the codes are this many times those of few bits.
     wide: layers whose sums could leave what float32 holds exactly.
     preprocessing: the input's.
@@ -128,7 +131,7 @@ class Folded:
 
   def _dense(self, node, own, x):
     multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    sums = self._sums(node, own, x, multiply)
+    sums = self._sums(node, own, float_layers.flatten(x), multiply)
     return sums.astype(jnp.float32) * own['multiplier']
 
   def _add(self, node, own, x, y):
@@ -154,6 +157,15 @@ class Folded:
     return lax.reduce_window(
       x, zero, lax.max, window, strides, ((0, 0), *pads, (0, 0))
     )
+
+  def _avg_pool(self, node, own, x):
+    window = (1, node.kernel, node.kernel, 1)
+    strides = (1, node.strides, node.strides, 1)
+    centred = x.astype(jnp.int32) - self.grids[node.inputs[0]].zero
+    sums = lax.reduce_window(
+      centred, np.int32(0), lax.add, window, strides, 'VALID'
+    )
+    return self._to_grid(node, sums.astype(jnp.float32) * own['multiplier'])
 
   def _global_avg_pool(self, node, own, x):
     del own
@@ -190,6 +202,12 @@ def fold(
       a, b = (grids[name] for name in node.inputs)
       table = _add_table(a, b, grids[node.name])
       tensors[node.name] = {'table': table}
+    elif node.op == 'avg_pool':
+      source, grid = grids[node.inputs[0]], grids[node.name]
+      step = np.asarray(1 / node.kernel**2, np.float32)
+      multiplier = np.asarray(source.step * step / grid.step)
+      tensors[node.name] = {'multiplier': multiplier}
+      steps[node.name] = step
     elif node.op in ('conv_bn', 'dense'):
       source = grids[node.inputs[0]]
       bits = plan.weight_bits(node.name)

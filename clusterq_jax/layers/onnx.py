@@ -6,7 +6,9 @@
 The integer file is QDQ, opset 21: every tensor is uint8 between a
 QuantizeLinear and its DequantizeLinears; an integer Clip narrows it where it
 has fewer than 8 bits; weights of up to 4 bits are stored as INT4. ONNX Runtime
-turns it into QLinearConv, QLinearAdd, QLinearGlobalAveragePool and QGemm.
+turns it into QLinearConv, QLinearAdd, QLinearGlobalAveragePool and QGemm. The
+average of windows is a depthwise convolution with ones: QLinearAveragePool adds
+floats.
 
 Both models take `images` uint8 [N, H, W, C], RGB, and give `logits` float32
 [N, K]: the input's normalisation is inside.
@@ -226,6 +228,16 @@ class _Float(_Emitter):
   def zero(self, node):
     return np.float32(0)
 
+  def _avg_pool(self, node):
+    real = self.node(
+      'AveragePool',
+      [self.read(node)],
+      f'{node.name}/real',
+      kernel_shape=(node.kernel,) * 2,
+      strides=(node.strides,) * 2,
+    )
+    self.write(node, real)
+
 
 class _Integer(_Emitter):
   def __init__(self, folded):
@@ -295,6 +307,26 @@ class _Integer(_Emitter):
 
   def zero(self, node):
     return np.uint8(self.folded.grids[node.name].zero)
+
+  def _avg_pool(self, node):
+    name, channels = node.name, self.graph.channels(node.name)
+    ones = np.ones((channels, 1, node.kernel, node.kernel), np.int8)
+    weight = [
+      self.constant(f'{name}/w', ones),
+      self.constant(f'{name}/w/step', self.folded.weight_steps[name]),
+    ]
+    inputs = [
+      self.read(node),
+      self.node('DequantizeLinear', weight, f'{name}/w/real'),
+    ]
+    real = self.node(
+      'Conv',
+      inputs,
+      f'{name}/real',
+      strides=(node.strides,) * 2,
+      group=channels,
+    )
+    self.write(node, real)
 
 
 def _padding(node: Node) -> dict[str, Any]:

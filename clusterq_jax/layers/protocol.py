@@ -33,13 +33,16 @@ class LayerSet:
     input: `input(name=)(x)`: entry of the network, x [B, H, W, C].
     conv_bn: `conv_bn(features, kernel, strides, padding, groups, act, epsilon,
       name=)(x)`: convolution without bias, BatchNorm, activation.
-    dense: `dense(features, name=)(x)`: x [B, C] to logits [B, features].
+    dense: `dense(features, name=)(x)`: x [B, C] to logits [B, features]; x
+      [B, H, W, C] is flattened in torch's order: channel, row, column.
     add: `add(act, name=)(x, y)`: elementwise sum, then activation.
     pad_shortcut: `pad_shortcut(features=, strides=, name=)(x)`: every
       `strides`-th pixel, channels zero-padded on both sides to `features`
       (the parameter-free shortcut, option A of He et al. 2015).
     max_pool: `max_pool(kernel=, strides=, padding=, name=)(x)`: the largest
       value of each window; padding is never the largest.
+    avg_pool: `avg_pool(kernel=, strides=, name=)(x)`: the mean of each window,
+      without padding.
     global_avg_pool: `global_avg_pool(name=)(x)`: [B, H, W, C] to [B, C].
   """
 
@@ -49,6 +52,7 @@ class LayerSet:
   add: Layer
   pad_shortcut: Layer
   max_pool: Layer
+  avg_pool: Layer
   global_avg_pool: Layer
 
 
@@ -82,6 +86,11 @@ class Node:
   def moves(self) -> bool:
     """Whether values only move: the output is on the input's grid."""
     return self.op in ('pad_shortcut', 'max_pool')
+
+  @property
+  def averages(self) -> bool:
+    """Whether values are averaged: the output has the input's sign."""
+    return self.op in ('avg_pool', 'global_avg_pool')
 
 
 @dataclasses.dataclass(frozen=True)

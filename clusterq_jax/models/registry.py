@@ -1,20 +1,24 @@
-"""Architectures by name, and what is usual for weights of each."""
+"""Architectures by name, what is usual for weights of each, and yours."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
 
+from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import protocol
 from clusterq_jax.models import imagenet_resnet, mobile, resnet
 
 Builder = Callable[[protocol.LayerSet], nn.Module]
+# Layer name -> what its tensors are called; see `weights.layouts.Layout`.
+Rows = Mapping[str, tuple[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity: one that is registered anew is another.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
   """A network that weights can be loaded into.
 
@@ -26,6 +30,7 @@ class Architecture:
     crop: in evaluation: side of the centre crop, of the resized image's shorter
       side.
     source: where weights come from, for who has none.
+    rows: of its one weight layout, where it is registered: see `register`.
   """
 
   family: str
@@ -33,6 +38,7 @@ class Architecture:
   preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
   crop: float = 1.0
   source: str = ''
+  rows: Rows | None = None
 
   def resize(self, side: int) -> int:
     """The shorter side of an image of which `side` pixels are cropped."""
@@ -122,9 +128,39 @@ def architecture(arch: str) -> Architecture:
   """
   if arch not in _ARCHITECTURES:
     raise InputError(
-      f'teacher.arch={arch!r} is not known; known are {", ".join(names())}'
+      f'no network {arch!r} is known; expected one of {", ".join(names())}; or '
+      'import first the file that registers it'
     )
   return _ARCHITECTURES[arch]
+
+
+def register(
+  name: str,
+  network: Callable[..., nn.Module],
+  rows: Rows,
+  preprocessing: Preprocessing,
+) -> None:
+  """Makes a network of your own known to configs and students.
+
+  Args:
+    name: for `config.teacher.arch`; one registered before is replaced.
+    network: makes it, from `layers` and `num_classes`.
+    rows: what a torch state dict calls the tensors of each layer; see
+      `weights.layouts.Layout`.
+    preprocessing: what weights for it expect, unless a config or a weights file
+      says otherwise.
+
+  Raises:
+    InputError: a network of that name comes with the project.
+  """
+  if name in _ARCHITECTURES and _ARCHITECTURES[name].rows is None:
+    raise InputError(
+      f'register: a network {name!r} comes with the project; expected another '
+      'name'
+    )
+  _ARCHITECTURES[name] = Architecture(
+    name, network, dataclasses.asdict(preprocessing), rows
+  )
 
 
 def builder(arch: str, **options) -> Builder:

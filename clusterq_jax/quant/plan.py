@@ -111,7 +111,7 @@ def _output_bits(graph: Graph, node: Node, bits: Bits) -> int | None:
 
 
 def _signed(graph: Graph, node: Node) -> bool:
-  if node.op == 'global_avg_pool' or node.moves:
+  if node.averages or node.moves:
     sources = [n for n in graph.nodes if n.name in node.inputs]
     return any(_signed(graph, source) for source in sources)
   return node.act is None

@@ -120,7 +120,13 @@ class Layout:
       row = layer.name if layer.name in self.rows else found[3]
     if not self.rows:  # our own names
       return self.leaves[leaf].format(conv=layer.name)
-    conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
+    try:
+      conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
+    except LookupError as e:
+      raise InputError(
+        f'{self.name}: the layer {layer.name!r} has no row, or one with '
+        f'unknown fields; expected {", ".join(fields) or "none"}'
+      ) from e
     return self.leaves[leaf].format(conv=conv, bn=bn)
 
   def matches(self, keys: Iterable[str]) -> int:
@@ -285,6 +291,18 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 }
 
 
+def known(arch: str) -> tuple[Layout, ...]:
+  """The layouts of an architecture's weights.
+
+  Raises:
+    InputError: no such architecture.
+  """
+  architecture = registry.architecture(arch)
+  if architecture.rows is not None:
+    return Layout(arch, architecture.rows), _OWN
+  return LAYOUTS[architecture.family]
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
   """A teacher's weights and what the file says about them.
@@ -318,7 +336,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
       variance.
   """
   path = os.fspath(path)
-  layouts = LAYOUTS[registry.architecture(arch).family]
+  layouts = known(arch)
   tensors, metadata = files.read_tensors(path)
   _check_kind(path, tensors)
   layout = max(layouts, key=lambda layout: layout.matches(tensors))
@@ -334,7 +352,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
   if layout.conv_classifier:
     tensors = _as_dense(layout, tensors)
   in_channels, options = _options(arch, layout, tensors, metadata)
-  layers = _layers(arch, in_channels, **options)
+  layers = _layers(registry.architecture(arch), in_channels, **options)
   if layout.torch_order:
     _check_order(path, layout, layers, tensors)
   _check(path, arch, layout, in_channels, options, tensors)
@@ -373,20 +391,29 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
 
 
 @functools.cache
-def _layers(arch: str, in_channels: int | None, **options) -> list[Layer]:
+def _layers(
+  architecture: registry.Architecture, in_channels: int | None, **options
+) -> list[Layer]:
   """The layers of an architecture, as its own definition has them."""
-  classes = options.pop('num_classes')
-  build = registry.builder(arch, num_classes=classes or 1, **options)
+  classes = options['num_classes']
+  options['num_classes'] = classes or 1
+
+  def build(layers):
+    return architecture.network(layers=layers, **options)
+
   network = build(float_layers.layer_set())
-  images = jax.ShapeDtypeStruct((1, 64, 64, in_channels or 1), np.float32)
+  # The classifier's width may depend on it.
+  size = architecture.preprocessing.get('image_size', (64, 64))
+  images = jax.ShapeDtypeStruct((1, *size, in_channels or 1), np.float32)
   params = jax.eval_shape(network.init, jax.random.key(0), images)['params']
   layers: list[Layer] = []
   blocks: list[str] = []
-  for name in protocol.trace(build).weighted:
+  names = protocol.trace(build).weighted
+  for name in names:
     shape: tuple[int | None, ...] = params[name]['kernel'].shape
-    if name == _STEM:
+    if name == names[0]:
       shape = (*shape[:2], in_channels, shape[3])
-    if name == _CLASSIFIER:
+    if name == names[-1]:
       shape = (shape[0], classes)
     found = re.match(r'stage\d+_block\d+', name)
     if found and found[0] not in blocks:
@@ -426,8 +453,10 @@ def _options(
       return None
     return layout.to_flax(value).shape[axis]
 
+  graph = protocol.trace(registry.builder(arch, num_classes=1))
+  first, last = graph.weighted[0], graph.weighted[-1]
   options: dict[str, Any] = {
-    'num_classes': dim(Layer(_CLASSIFIER, (None,) * 2), 1),
+    'num_classes': dim(Layer(last, (None,) * 2), 1),
     **layout.options.get(arch, {}),
   }
   family = registry.architecture(arch).family
@@ -439,10 +468,10 @@ def _options(
     options['shortcut'] = 'conv' if conv else 'pad'
   if layout is _OWN:  # what other sources decide, a converted file tells
     names = {
-      name for other in LAYOUTS[family] for name in other.options.get(arch, {})
+      name for other in known(arch) for name in other.options.get(arch, {})
     }
     options |= {name: True for name in names if metadata.get(name) == 'true'}
-  return dim(Layer(_STEM, (None,) * 4), 2), options
+  return dim(Layer(first, (None,) * 4), 2), options
 
 
 def _supported() -> str:
@@ -541,9 +570,10 @@ def _check(
       k: v for k, v in options.items() if k in ('num_classes', 'shortcut')
     }
     found |= layout.options.get(arch, {})
-    return _differences(layout, _layers(arch, in_channels, **found), tensors)
+    layers = _layers(registry.architecture(arch), in_channels, **found)
+    return _differences(layout, layers, tensors)
 
-  layers = _layers(arch, in_channels, **options)
+  layers = _layers(registry.architecture(arch), in_channels, **options)
   found = _differences(layout, layers, tensors)
   if any(found):
     kinds = ('missing', 'unexpected', 'of another shape')

@@ -1,0 +1,70 @@
+"""A network that this project does not know: a variant of ResNet-20.
+
+Wider stem, a convolution as shortcut in the first block of every stage, no
+activation after an add but at the end of a stage, a classifier on averages of
+4x4 windows. Running this file registers it; see configs/README.md.
+"""
+
+import jax
+from flax import linen as nn
+
+from clusterq_jax.data import Preprocessing
+from clusterq_jax.layers import protocol
+from clusterq_jax.models import registry
+
+
+class Variant(nn.Module):
+  """Three stages of three blocks at 16, 32 and 64 channels, for 32x32 pixels.
+
+  Attributes:
+    layers: what the network is built from.
+    num_classes: length of the logits.
+  """
+
+  layers: protocol.LayerSet
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Images [B, 32, 32, 3] to logits [B, num_classes]."""
+    layers = self.layers
+    x = layers.input(name='input')(x)
+    x = layers.conv_bn(64, 3, act='relu', name='stem')(x)
+    for stage, width in enumerate((16, 32, 64), 1):
+      for block in (1, 2, 3):
+        strides = 2 if stage > 1 and block == 1 else 1
+        name = f'stage{stage}_block{block}'
+        y = layers.conv_bn(
+          width, 3, strides=strides, act='relu', name=f'{name}_conv1'
+        )(x)
+        y = layers.conv_bn(width, 3, name=f'{name}_conv2')(y)
+        if block == 1:
+          x = layers.conv_bn(
+            width, 1, strides=strides, name=f'{name}_shortcut'
+          )(x)
+        act = 'relu' if block == 3 else None
+        x = layers.add(act=act, name=f'{name}_add')(x, y)
+    x = layers.avg_pool(kernel=4, strides=4, name='pool')(x)
+    return layers.dense(self.num_classes, name='classifier')(x)
+
+
+# Layer, or its name after the block's -> what the weights file calls its
+# convolution and its BatchNorm; {s} is the stage from 1, {i} the block from 0.
+_ROWS = {
+  'stem': ('conv1', 'bn1'),
+  'conv1': ('layer{s}.{i}.conv1', 'layer{s}.{i}.bn1'),
+  'conv2': ('layer{s}.{i}.conv2', 'layer{s}.{i}.bn2'),
+  'shortcut': ('layer{s}.{i}.shortcut.0', 'layer{s}.{i}.shortcut.1'),
+  'classifier': ('linear', 'linear'),
+}
+
+registry.register(
+  'resnet20_variant',
+  Variant,
+  _ROWS,
+  Preprocessing(
+    image_size=(32, 32),
+    mean=(0.507, 0.487, 0.441),
+    std=(0.267, 0.256, 0.276),
+  ),
+)
