@@ -5,6 +5,8 @@ open: statistics losses are means over channels and over layers, so that L equal
 layers cost what one does; the class terms are then summed over the classes
 present, as eqs. 4 and 6 have it ('sum'), or averaged over them ('mean').
 
+Class terms take one row per sample, not per class (`statistics.Classes`).
+
 Shapes: B batch, K classes, C_l channels of layer l.
 """
 
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clusterq_jax.statistics import EPSILON, Statistics
@@ -96,35 +99,39 @@ def stored_statistics(
 
 def sfda_loss(
   classes: Sequence[Statistics],
-  centroids: Sequence[Statistics],
-  seen: jax.Array,
+  expected: Sequence[Statistics],
+  share: jax.Array,
   reduction: str = 'sum',
 ) -> jax.Array:
   """Semantic feature distribution alignment (eq. 4).
 
   Args:
-    classes: class statistics of the batch, [K, C_l] per semantic layer.
-    centroids: [K, C_l] per semantic layer; no gradient flows into them.
-    seen: classes that count, bool [K].
+    classes: statistics of every sample's class in the batch, [B, C_l] per
+      semantic layer.
+    expected: what the centroids expect of them, [B, C_l] per semantic layer; no
+      gradient flows into it.
+    share: of each sample in its class, adding up to 1 over the samples of a
+      class that counts, and 0 elsewhere, [B].
     reduction: over classes, 'sum' or 'mean'.
 
   Returns:
     A scalar; 0 without gradient when no class counts.
   """
-  centroids = jax.lax.stop_gradient(centroids)
-  per_class = [_distance(a, b) for a, b in zip(classes, centroids, strict=True)]
-  layers = [jnp.sum(jnp.where(seen, d, 0.0)) for d in per_class]
+  expected = jax.lax.stop_gradient(expected)
+  distances = [_distance(a, b) for a, b in zip(classes, expected, strict=True)]
+  layers = [jnp.sum(jnp.where(share > 0, share * d, 0.0)) for d in distances]
   total = jnp.mean(jnp.stack(layers))
   if reduction == 'mean':
-    total = total / jnp.maximum(jnp.sum(seen), 1)
+    total = total / jnp.maximum(jnp.sum(share), 1)
   return total
 
 
 def diversity_loss(
   key: jax.Array,
   classes: Sequence[Statistics],
-  centroids: Sequence[Statistics],
-  seen: jax.Array,
+  expected: Sequence[Statistics],
+  share: jax.Array,
+  first: jax.Array,
   noise: tuple[float, float],
   stored: Sequence[Statistics] | None = None,
   reduction: str = 'sum',
@@ -134,19 +141,23 @@ def diversity_loss(
   Args:
     key: fresh at every step.
     classes: as in `sfda_loss`.
-    centroids: as in `sfda_loss`.
-    seen: as in `sfda_loss`.
+    expected: as in `sfda_loss`.
+    share: as in `sfda_loss`.
+    first: index of a sample of each sample's class, int [B]: whose noise all
+      samples of the class share.
     noise: (lambda_mu, lambda_sigma), standard deviations of the noise on means
       and on standard deviations; the latter are clipped at 0 after it.
     stored: when given, noise is relative to its std, [C_l] per semantic layer.
     reduction: as in `sfda_loss`.
   """
+  # One draw for all layers compiles faster than one for each.
+  channels = [mean.shape[-1] for mean, _ in expected]
+  draws = jax.random.normal(key, (2, len(first), sum(channels)))[:, first]
+  draws = jnp.split(draws, np.cumsum(channels)[:-1], axis=-1)
   noisy = []
-  for i, centroid in enumerate(centroids):
-    mean_key, std_key = jax.random.split(jax.random.fold_in(key, i))
+  for i, (mean, std) in enumerate(expected):
     unit = 1.0 if stored is None else stored[i].std
-    shape = centroid.mean.shape
-    mean = centroid.mean + noise[0] * unit * jax.random.normal(mean_key, shape)
-    std = centroid.std + noise[1] * unit * jax.random.normal(std_key, shape)
+    mean += noise[0] * unit * draws[i][0]
+    std += noise[1] * unit * draws[i][1]
     noisy.append(Statistics(mean, jnp.maximum(std, 0.0)))
-  return sfda_loss(classes, noisy, seen, reduction)
+  return sfda_loss(classes, noisy, share, reduction)

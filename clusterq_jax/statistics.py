@@ -6,6 +6,9 @@ sharded batch. Sums stay in float32 whatever the compute dtype. Source: Gao et
 al., arXiv 2205.00179, eqs. 4 and 9; the decomposition is the law of total
 variance.
 
+The cost of class statistics does not depend on the number of classes: see
+`Classes`.
+
 Shapes: B batch, H, W space, C channels, K classes.
 """
 
@@ -27,7 +30,7 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-  """Mean and standard deviation: [C] of a batch, [K, C] of classes."""
+  """Mean and standard deviation: [C] of a batch, [B, C] of classes."""
 
   mean: jax.Array
   std: jax.Array
@@ -48,43 +51,72 @@ def batch_statistics(moments: Moments) -> Statistics:
   return Statistics(mean, jnp.sqrt(var + EPSILON))
 
 
-def class_weights(
-  labels: jax.Array, logits: jax.Array, num_classes: int
-) -> tuple[jax.Array, jax.Array]:
-  """Which samples count for which class.
+class Classes(NamedTuple):
+  """The classes of a batch, each seen from every one of its samples.
 
-  Samples that the teacher does not assign to their label are left out.
+  Arrays [B, ...] instead of [K, ...]: a batch of B samples holds at most B
+  classes, however many there are. A sample is valid if the teacher assigns it
+  to its label; the others are left out of all class statistics. n is the number
+  of valid samples of a sample's class.
+
+  Attributes:
+    labels: int [B].
+    count: n, int [B].
+    together: [B, B]; row i holds 1 / n for the valid samples of i's class.
+    first: index of the first valid sample of the class, int [B].
+    share: 1 / n for valid samples, else 0, [B]: a sum over samples weighted by
+      it is a sum over the classes present.
+  """
+
+  labels: jax.Array
+  count: jax.Array
+  together: jax.Array
+  first: jax.Array
+  share: jax.Array
+
+
+def classes_of(labels: jax.Array, logits: jax.Array) -> Classes:
+  """Groups a batch by class.
 
   Args:
     labels: conditioning labels, int [B].
     logits: teacher logits, [B, K].
-    num_classes: K.
-
-  Returns:
-    weights [B, K], each column summing to 1 (or to 0 without a valid sample),
-    and seen [K], whether the class has a valid sample.
   """
-  valid = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
-  member = jax.nn.one_hot(labels, num_classes) * valid[:, None]
-  count = jnp.sum(member, 0)
-  weights = member / jnp.maximum(count, 1.0)
-  return jax.lax.stop_gradient(weights), count > 0
+  valid = jnp.argmax(logits, -1) == labels
+  same = (labels[:, None] == labels) & valid
+  count = jnp.sum(same, -1)
+  scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+  return Classes(
+    labels=labels,
+    count=count,
+    together=same * scale[:, None],
+    first=jnp.argmax(same, -1),
+    share=valid * scale,
+  )
 
 
-def class_statistics(moments: Moments, weights: jax.Array) -> Statistics:
-  """Statistics of every class over its valid samples and space.
+def class_mean(values: jax.Array, classes: Classes) -> jax.Array:
+  """Mean over the valid samples of each sample's class, [B, C] of [B, C].
+
+  0 where the class has none.
+  """
+  # The default precision of accelerators would round the moments.
+  return jnp.matmul(
+    classes.together, values, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def class_statistics(moments: Moments, classes: Classes) -> Statistics:
+  """Statistics over space and the valid samples of each sample's class.
 
   Args:
     moments: per-sample moments, [B, C] each.
-    weights: from `class_weights`, [B, K].
+    classes: of the batch.
 
   Returns:
-    Statistics [K, C]; rows of classes without a valid sample hold
-    (0, sqrt(EPSILON)) and carry no gradient.
+    Statistics [B, C], the same in all rows of a class; (0, sqrt(EPSILON)),
+    without gradient, where the class has no valid sample.
   """
-  mean = jnp.einsum('bk,bc->kc', weights, moments.mean)
-  # Each sample against the mean of its own class: [B, C], however many classes.
-  own = jnp.einsum('bk,kc->bc', (weights > 0).astype(mean.dtype), mean)
-  spread = moments.var + jnp.square(moments.mean - own)
-  var = jnp.einsum('bk,bc->kc', weights, spread)
-  return Statistics(mean, jnp.sqrt(var + EPSILON))
+  mean = class_mean(moments.mean, classes)
+  spread = moments.var + jnp.square(moments.mean - mean)
+  return Statistics(mean, jnp.sqrt(class_mean(spread, classes) + EPSILON))

@@ -218,20 +218,23 @@ class Steps:
   def initialize_centroids(
     self, state: TrainState, teacher: Any, keys: jax.Array
   ) -> TrainState:
-    """Class statistics of len(keys) batches of the warmed-up generator."""
+    """Mean class moments of len(keys) batches of the warmed-up generator."""
 
-    def one_batch(key):
+    def add_batch(carry, key):
+      centroids, count = carry
       x, labels = self.generate(state.generator, key)
       answers, moments = self.teach(teacher, x)
-      return labels, answers.logits, moments[self._semantic]
+      classes = statistics.classes_of(labels, answers.logits)
+      count = count.at[labels].add(classes.share > 0)
+      # So weighted, the moving average is the mean over all images so far.
+      beta = classes.count / jnp.maximum(count[labels], 1)
+      centroids = centroids_lib.update(
+        centroids, moments[self._semantic], classes, beta
+      )
+      return (centroids, count), None
 
-    batches = jax.lax.map(one_batch, keys)
-    labels, logits, moments = jax.tree.map(
-      lambda a: a.reshape(-1, *a.shape[2:]), batches
-    )
-    weights, seen = statistics.class_weights(labels, logits, self.num_classes)
-    classes = tuple(statistics.class_statistics(m, weights) for m in moments)
-    centroids = centroids_lib.update(state.centroids, classes, seen, 1.0)
+    count = jnp.zeros((self.num_classes,), jnp.int32)
+    (centroids, _), _ = jax.lax.scan(add_batch, (state.centroids, count), keys)
     return state.replace(centroids=centroids)
 
   def _calibrate(self, teacher: Any, x: jax.Array) -> Any:
@@ -272,29 +275,27 @@ class Steps:
       loss = terms['inception'] + w.statistics * terms['statistics']
       centroids = state.centroids
       if class_terms:
-        weights, seen = statistics.class_weights(
-          labels, logits, self.num_classes
-        )
-        classes = tuple(
-          statistics.class_statistics(m, weights)
-          for m in moments[self._semantic]
-        )
+        classes = statistics.classes_of(labels, logits)
+        semantic = moments[self._semantic]
+        found = [statistics.class_statistics(m, classes) for m in semantic]
+        expected, share = centroids_lib.expected(centroids, classes)
         relative = stored[self._semantic] if w.noise_relative else None
         terms['sfda'] = losses.sfda_loss(
-          classes, centroids.layers, seen, w.class_reduction
+          found, expected, share, w.class_reduction
         )
         terms['diversity'] = losses.diversity_loss(
           noise_key,
-          classes,
-          centroids.layers,
-          seen,
+          found,
+          expected,
+          share,
+          classes.first,
           w.noise,
           relative,
           w.class_reduction,
         )
         loss += w.sfda * terms['sfda'] + w.diversity * terms['diversity']
         centroids = centroids_lib.update(
-          centroids, classes, seen, w.centroid_decay
+          centroids, semantic, classes, w.centroid_decay
         )
       terms['accuracy'] = jnp.mean(jnp.argmax(logits, -1) == labels)
       terms['loss'] = loss
