@@ -197,7 +197,10 @@ class Steps:
     }
     names = self.graph.batch_norms[self._semantic]
     channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
-    images = self.pool_batches * self.batch_size
+    pool = None
+    if self.pool_batches:
+      images = self.pool_batches * self.batch_size
+      pool = jnp.zeros((images, *self.generator.shape), jnp.uint8)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       generator=generator,
@@ -205,7 +208,7 @@ class Steps:
       student=student,
       student_opt=self.student_optimizer.init(self._trained(student)),
       centroids=centroids_lib.empty(self.num_classes, tuple(channels)),
-      pool=jnp.zeros((images, *self.generator.shape), jnp.uint8),
+      pool=pool,
       bad_step=jnp.full((), -1, jnp.int32),
     )
 
