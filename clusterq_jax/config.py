@@ -21,6 +21,7 @@ from clusterq_jax.quant import numerics
 FREE_SECTIONS = ('eval', 'export', 'report')
 
 _CHOICES = {
+  'compute_dtype': ('float32', 'bfloat16'),
   'teacher.arch': registry.names(),
   'quant.placement': ('paper', 'integer'),
   'quant.ranges': ('minmax', 'learned'),
@@ -56,6 +57,8 @@ def defaults() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.checkpoint_every = 1000  # steps
+  # Of convolutions; all else, and the state, is float32.
+  config.compute_dtype = 'float32'
 
   config.teacher = teacher = ml_collections.ConfigDict()
   teacher.arch = 'resnet20'

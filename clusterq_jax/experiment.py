@@ -74,6 +74,7 @@ def make_steps(
   generator_end = total - s.student_steps
   student_start = generator_end - s.joint_steps
   rate = functools.partial(_learning_rate, schedule=s)
+  dtype = jnp.bfloat16 if config.compute_dtype == 'bfloat16' else None
   return Steps(
     build=teacher.build,
     graph=teacher.graph,
@@ -84,6 +85,7 @@ def make_steps(
       latent_dim=config.generator.latent_dim,
       channels=tuple(config.generator.channels),
       conditional=config.generator.conditional,
+      dtype=dtype,
     ),
     preprocessing=teacher.preprocessing,
     weights=LossWeights(
@@ -110,6 +112,7 @@ def make_steps(
     generator_optimizer=optax.scale_by_adam(*config.generator.betas),
     student_optimizer=optimizer,
     mesh=sharding.make_mesh(s.batch_size),
+    dtype=dtype,
   )
 
 

@@ -78,10 +78,10 @@ def main(argv: list[str]) -> int:
       raise
     traceback.print_exc()
     print(
-      f'error: process {jax.process_index()} of {jax.process_count()} cannot go '
-      f'on ({(str(e).strip() or repr(e)).splitlines()[0]}); if that is because '
-      'another one is gone, start all of them again with the same command: it '
-      'resumes from the last checkpoint',
+      f'error: process {jax.process_index()} of {jax.process_count()} cannot '
+      f'go on ({(str(e).strip() or repr(e)).splitlines()[0]}); if that is '
+      'because another one is gone, start all of them again with the same '
+      'command: it resumes from the last checkpoint',
       file=sys.stderr,
     )
     return 1

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):  # noqa: N818
-  """The run was told to stop, and has saved its state. Its text is for users."""
+  """A run was told to stop and has saved its state; the text is for users."""
 
 
 @contextlib.contextmanager

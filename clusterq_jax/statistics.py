@@ -2,9 +2,9 @@
 
 Everything derives from the per-sample moments over space, [B, C] each, so that
 batch and class statistics are small algebra and are global under `jit` over a
-sharded batch. Sums are in float32 at least, whatever the compute dtype. Source: Gao et
-al., arXiv 2205.00179, eqs. 4 and 9; the decomposition is the law of total
-variance.
+sharded batch. Sums are in float32 at least, whatever the compute dtype. Source:
+Gao et al., arXiv 2205.00179, eqs. 4 and 9; the decomposition is the law of
+total variance.
 
 Shapes: B batch, H, W space, C channels, K classes.
 """

@@ -87,6 +87,7 @@ class Steps:
     generator_lr, student_lr, quant_lr: learning rates by step.
     generator_optimizer, student_optimizer: without learning rate.
     mesh: devices.
+    dtype: what convolutions compute in, the generator's too; see `conv2d`.
   """
 
   build: Builder
@@ -107,6 +108,7 @@ class Steps:
   generator_optimizer: optax.GradientTransformation
   student_optimizer: optax.GradientTransformation
   mesh: jax.sharding.Mesh
+  dtype: Any = None
 
   # ------------------------------------------------------------- networks
 
@@ -141,17 +143,18 @@ class Steps:
 
   def teach(self, teacher: Any, x: jax.Array):
     """The teacher's answers, and moments of every BatchNorm input."""
-    network = self._network(float_layers.layer_set(tap=True))
+    network = self._network(float_layers.layer_set(tap=True, dtype=self.dtype))
     answers, taps = self._answers(network, teacher, x, 'moments')
     return answers, float_layers.ordered_moments(taps, self.graph)
 
   def teacher_logits(self, teacher: Any, x: jax.Array):
     """Teacher logits [B, K]."""
-    return self._network(float_layers.layer_set()).apply(teacher, x)
+    layers = float_layers.layer_set(dtype=self.dtype)
+    return self._network(layers).apply(teacher, x)
 
   def student_logits(self, student: Any, teacher: Any, x: jax.Array):
     """Student logits [B, K]; BatchNorm statistics are the teacher's."""
-    network = self._network(fake_quant.layer_set(self.plan))
+    network = self._network(fake_quant.layer_set(self.plan, dtype=self.dtype))
     variables = {**student, 'batch_stats': teacher['batch_stats']}
     return network.apply(variables, x)
 
@@ -238,7 +241,7 @@ class Steps:
     return state.replace(centroids=centroids)
 
   def _calibrate(self, teacher: Any, x: jax.Array) -> Any:
-    layers = fake_quant.layer_set(self.plan, calibrate=True)
+    layers = fake_quant.layer_set(self.plan, calibrate=True, dtype=self.dtype)
     return self._network(layers).apply(teacher, x, mutable=['quant'])[1][
       'quant'
     ]
@@ -316,7 +319,9 @@ class Steps:
 
   def _student_update(self, state, teacher, x, labels, answers):
     """One student update; answers: the teacher's."""
-    layers = fake_quant.layer_set(self.plan, observe=not self.plan.learned)
+    layers = fake_quant.layer_set(
+      self.plan, observe=not self.plan.learned, dtype=self.dtype
+    )
     network = self._network(layers)
     batch_stats = teacher['batch_stats']
     w = self.weights
@@ -380,7 +385,7 @@ class Steps:
 
   def _remember(self, state: TrainState, images: jax.Array) -> TrainState:
     """Puts a batch of generator images into the pool, oldest out."""
-    if not self.pool_batches:
+    if state.pool is None:
       return state
     start = (state.step % self.pool_batches) * self.batch_size
     pixels = self.preprocessing.to_pixels(images)
@@ -419,12 +424,13 @@ class Steps:
     """
     key = jax.random.fold_in(key, state.step)
     draw_key, augment_key = jax.random.split(key)
+    assert state.pool is not None
     rows = jax.random.randint(
       draw_key, (self.batch_size,), 0, state.pool.shape[0]
     )
     pixels = sharding.split_batch(self.mesh, state.pool[rows])
     x = self._augment(augment_key, self.preprocessing.normalize(pixels))
-    network = self._network(float_layers.layer_set())
+    network = self._network(float_layers.layer_set(dtype=self.dtype))
     answers, _ = jax.lax.stop_gradient(self._answers(network, teacher, x))
     labels = jnp.argmax(answers.logits, -1)
     state, metrics = self._student_update(state, teacher, x, labels, answers)

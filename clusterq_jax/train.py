@@ -128,7 +128,9 @@ class _Run:
       state.generator, self.keys[_SAMPLES], labels
     )
     if sharding.is_lead():
-      pixels = np.asarray(self.teacher.preprocessing.to_pixels(np.asarray(x)))
+      pixels = np.asarray(
+        self.teacher.preprocessing.to_pixels(jax.device_get(x))
+      )
       shape = (classes, samples.COLUMNS, *pixels.shape[1:])
       samples.save(folder, pixels.reshape(shape), labels)
 

@@ -3,7 +3,6 @@
 The programs are those that the finished run compiled.
 """
 
-import json
 import math
 
 import jax
@@ -50,6 +49,41 @@ def _all_moved(a, b):
 
 def _poison(tree):
   return jax.tree.map(lambda a: a.at[...].set(jnp.nan), tree)
+
+
+# --- bfloat16 ----------------------------------------------------------------
+
+
+def _convolutions(jaxpr):
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'conv_general_dilated':
+      yield equation
+    for parameter in jax.tree.leaves(
+      equation.params, is_leaf=lambda p: hasattr(p, 'eqns')
+    ):
+      inner = getattr(parameter, 'jaxpr', parameter)
+      if hasattr(inner, 'eqns'):
+        yield from _convolutions(inner)
+
+
+def _types(tree):
+  return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+
+@pytest.mark.parametrize('name', ['joint_step', 'student_step'])
+def test_convolutions_alone_are_in_bfloat16(finished, tiny_config, state, name):
+  tiny_config.compute_dtype = 'bfloat16'
+  steps = experiment.make_steps(tiny_config, finished.teacher)
+  args = state, finished.variables, finished.key
+  jaxpr = jax.make_jaxpr(getattr(steps, name))(*args)
+  found = list(_convolutions(jaxpr.jaxpr))
+  assert len(found) > 20
+  for equation in found:
+    for variable in (*equation.invars, *equation.outvars):
+      assert variable.aval.dtype == jnp.bfloat16, equation
+  new, metrics = jax.eval_shape(getattr(steps, name), *args)
+  assert _types(new) == _types(state)
+  assert {m.dtype for m in metrics.values()} == {np.dtype(np.float32)}
 
 
 # --- What moves --------------------------------------------------------------

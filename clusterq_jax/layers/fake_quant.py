@@ -50,11 +50,13 @@ class _Quantized(nn.Module):
     calibrate: set the steps from the values that pass, into `quant`.
     observe: sow the step that the values that pass would want, by largest
       magnitude, into `ranges`.
+    dtype: what convolutions compute in, see `convolution.conv2d`.
   """
 
   plan: Plan
   calibrate: bool = False
   observe: bool = False
+  dtype: convolution.DType = None
 
   def _quantize(self, x, key: str, low: int, high: int, axes) -> jax.Array:
     def best():
@@ -124,7 +126,12 @@ class QuantConv(_Quantized):
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
     var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
     h = convolution.conv2d(
-      x, self.quantize_weights(kernel), self.strides, self.padding, self.groups
+      x,
+      self.quantize_weights(kernel),
+      self.strides,
+      self.padding,
+      self.groups,
+      self.dtype,
     )
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
     h = h * gain + (bias - mean.value * gain)
@@ -166,7 +173,10 @@ class _GlobalAvgPool(_Quantized):
 
 
 def layer_set(
-  plan: Plan, calibrate: bool = False, observe: bool = False
+  plan: Plan,
+  calibrate: bool = False,
+  observe: bool = False,
+  dtype: convolution.DType = None,
 ) -> protocol.LayerSet:
   """The quantized layers that `plan` describes; see `_Quantized`."""
 
@@ -183,6 +193,7 @@ def layer_set(
         plan=plan,
         calibrate=calibrate,
         observe=observe,
+        dtype=dtype,
         **dict(zip(own, args, strict=False)),
         **kwargs,
       )

@@ -23,28 +23,60 @@ _FLAGS = (
 )
 
 
+# JAX asks for the TPU's library before it believes the variables of GKE.
+_ON_GKE = """
+import runpy
+from jax._src.clusters import cloud_tpu_cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+runpy.run_module('clusterq_jax.main', run_name='__main__')
+"""
+
+
+def _found_by(how, port, i):
+  """How process i of 2 finds the other: Python's arguments, and variables."""
+  if how == 'flags':
+    return (
+      '-m',
+      'clusterq_jax.main',
+      '--distributed=on',
+      f'--coordinator_address=localhost:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+    ), {}
+  variables = {'JAX_COORDINATOR_PORT': str(port)}
+  if how == 'gke':
+    return ('-c', _ON_GKE), variables | {
+      'TPU_WORKER_HOSTNAMES': 'localhost,localhost',
+      'TPU_WORKER_ID': str(i),
+    }
+  return ('-m', 'clusterq_jax.main'), variables | {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(i),
+    'SLURM_LOCALID': str(i),
+  }
+
+
 @pytest.fixture
 def start(spawn, tiny_config_file, tmp_path):
   """Starts both processes of a run on tmp_path / 'run'; returns them."""
   started = []
 
-  def call():
+  def call(how):
     with socket.socket() as found:
       found.bind(('localhost', 0))
       port = found.getsockname()[1]
     for i in range(2):
+      arguments, variables = _found_by(how, port, i)
       process = spawn(
-        '-m',
-        'clusterq_jax.main',
+        *arguments,
         f'--config={tiny_config_file}',
         f'--workdir={tmp_path / "run"}',
-        '--distributed=on',
-        f'--coordinator_address=localhost:{port}',
-        '--num_processes=2',
-        f'--process_id={i}',
         *_FLAGS,
         JAX_PLATFORMS='cpu',
         JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # compiles faster
+        **variables,
       )
       started.append(process)
     return started[-2:]
@@ -103,7 +135,7 @@ def _reference(finished):
 
 def test_two_processes(start, logged, finished, tmp_path):
   """SIGTERM to one, then SIGKILL, then to the end, with the same command."""
-  lead, other = start()
+  lead, other = start('flags')
   _wait(lead, logged)
   other.send_signal(signal.SIGTERM)
   codes, said = _end((lead, other))
@@ -111,10 +143,11 @@ def test_two_processes(start, logged, finished, tmp_path):
   first = max(logged())
   assert 0 < first < _STEPS
   for text in said:
+    assert 'distributed: process' in text
     assert f'stopped by SIGTERM after step {first} of {_STEPS}' in text
     assert 'the same command goes on from there' in text
 
-  lead, other = start()
+  lead, other = start('slurm')
   _wait(lead, lambda: max(logged()) > first)
   other.kill()
   killed_at = time.monotonic()
@@ -127,7 +160,7 @@ def test_two_processes(start, logged, finished, tmp_path):
   second = max(logged())
   assert second < _STEPS
 
-  processes = start()
+  processes = start('gke')
   codes, said = _end(processes)
   assert codes == [0, 0], said
   assert 'resuming at step' in said[0]
