@@ -101,7 +101,8 @@ class JaxStep:
 
     from clusterq_jax import sharding, train
 
-    steps, compiler = make_steps(args), train.Compiler()
+    steps = make_steps(args)
+    compiler = train.Compiler(steps.mesh)
     teacher, state = make_inputs(steps, args.seed)
     if args.check:  # Flax makes float32 parameters under x64, too
       teacher, state = jax.tree.map(

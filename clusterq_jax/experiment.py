@@ -75,6 +75,7 @@ def make_steps(
   generator_end = total - s.student_steps
   student_start = generator_end - s.joint_steps
   rate = functools.partial(_learning_rate, schedule=s)
+  dtype = jnp.bfloat16 if config.compute_dtype == 'bfloat16' else None
   return Steps(
     build=teacher.build,
     graph=teacher.graph,
@@ -85,6 +86,7 @@ def make_steps(
       latent_dim=config.generator.latent_dim,
       channels=tuple(config.generator.channels),
       conditional=config.generator.conditional,
+      dtype=dtype,
     ),
     preprocessing=teacher.preprocessing,
     weights=LossWeights(
@@ -104,6 +106,7 @@ def make_steps(
     pool_batches=s.pool_batches,
     augment_probability=config.augment.probability,
     augment_flip=config.augment.flip,
+    augment_mixup=config.augment.mixup,
     range_steps=student_start + s.range_steps,
     generator_lr=rate(config.generator.lr, start=0, end=generator_end),
     student_lr=rate(student.lr, start=student_start, end=total),
@@ -111,6 +114,7 @@ def make_steps(
     generator_optimizer=optax.scale_by_adam(*config.generator.betas),
     student_optimizer=optimizer,
     mesh=sharding.make_mesh(s.batch_size),
+    dtype=dtype,
   )
 
 

@@ -62,45 +62,45 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       f'{target} exists; remove it, or set config.export.folder to a new one'
     )
   teacher = experiment.load_teacher(config)
-  run = workdir_lib.open_workdir(config, workdir)
-  images = data.read_npz(str(run / samples.ARRAYS)).images[:_SELFTEST_IMAGES]
+  with workdir_lib.open_workdir(config, workdir) as run:
+    images = data.read_npz(str(run / samples.ARRAYS)).images[:_SELFTEST_IMAGES]
 
-  # Imported late: optional.
-  from clusterq_jax.layers import onnx as onnx_layers
+    # Imported late: optional.
+    from clusterq_jax.layers import onnx as onnx_layers
 
-  metadata = _metadata(config, student)
-  models = {
-    INTEGER: onnx_layers.integer_model(folded, metadata),
-    FLOAT: onnx_layers.float_model(
-      teacher.graph, teacher.variables, teacher.preprocessing, metadata
-    ),
-  }
+    metadata = _metadata(config, student)
+    models = {
+      INTEGER: onnx_layers.integer_model(folded, metadata),
+      FLOAT: onnx_layers.float_model(
+        teacher.graph, teacher.variables, teacher.preprocessing, metadata
+      ),
+    }
 
-  target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{target.name}-', dir=target.parent
-  ) as unfinished:
-    folder = pathlib.Path(unfinished) / 'export'
-    folder.mkdir()
-    for name, model in models.items():
-      (folder / name).write_bytes(model.SerializeToString())
-    shape = student.preprocessing.shape
-    for name, function in (
-      ('integer', folded.logits),
-      ('student', student.logits),
-    ):
-      (folder / f'{name}.stablehlo').write_bytes(_stablehlo(function, shape))
-    np.savez_compressed(
-      folder / 'selftest.npz',
-      images=images,
-      logits=jax.jit(folded.logits)(images),
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      prefix=f'.{target.name}-', dir=target.parent
+    ) as unfinished:
+      folder = pathlib.Path(unfinished) / 'export'
+      folder.mkdir()
+      for name, model in models.items():
+        (folder / name).write_bytes(model.SerializeToString())
+      shape = student.preprocessing.shape
+      for name, function in (
+        ('integer', folded.logits),
+        ('student', student.logits),
+      ):
+        (folder / f'{name}.stablehlo').write_bytes(_stablehlo(function, shape))
+      np.savez_compressed(
+        folder / 'selftest.npz',
+        images=images,
+        logits=jax.jit(folded.logits)(images),
+      )
+      shutil.copy(data.ASSETS / 'selftest.py', folder)
+      folder.rename(target)
+    sizes = {f.name: f.stat().st_size for f in sorted(target.iterdir())}
+    return workdir_lib.merge_results(
+      run, {'export': {'folder': str(target), 'bytes': sizes}}
     )
-    shutil.copy(data.ASSETS / 'selftest.py', folder)
-    folder.rename(target)
-  sizes = {f.name: f.stat().st_size for f in sorted(target.iterdir())}
-  return workdir_lib.merge_results(
-    run, {'export': {'folder': str(target), 'bytes': sizes}}
-  )
 
 
 def _metadata(

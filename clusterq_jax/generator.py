@@ -57,7 +57,9 @@ _TAPS = np.array(
 )
 
 
-def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsample_conv(
+  x: jax.Array, kernel: jax.Array, dtype: convolution.DType = None
+) -> jax.Array:
   """3x3 'same' convolution of the nearest-neighbour x2 upsampling of x.
 
   Computed at the low resolution, for the four pixel parities at once: a quarter
@@ -66,6 +68,7 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   Args:
     x: [B, H, W, C].
     kernel: [3, 3, C, F].
+    dtype: as in `convolution.conv2d`.
 
   Returns:
     [B, 2H, 2W, F].
@@ -73,7 +76,8 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   b, h, w, c = x.shape
   features = kernel.shape[-1]
   taps = jnp.einsum('pah,qbw,hwcf->abcpqf', _TAPS, _TAPS, kernel)
-  x = convolution.conv2d(x, taps.reshape(3, 3, c, 4 * features), 1, 1)
+  taps = taps.reshape(3, 3, c, 4 * features)
+  x = convolution.conv2d(x, taps, 1, 1, dtype=dtype)
   x = x.reshape(b, h, w, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(b, 2 * h, 2 * w, features)
 
@@ -81,14 +85,15 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 class _Conv(nn.Module):
   features: int
   upsample: bool = False
+  dtype: convolution.DType = None
 
   @nn.compact
   def __call__(self, x):
     shape = (3, 3, x.shape[-1], self.features)
     kernel = self.param('kernel', _INIT, shape)
     if self.upsample:
-      return upsample_conv(x, kernel)
-    return convolution.conv2d(x, kernel, 1, 1)
+      return upsample_conv(x, kernel, self.dtype)
+    return convolution.conv2d(x, kernel, 1, 1, dtype=self.dtype)
 
 
 class Generator(nn.Module):
@@ -101,6 +106,7 @@ class Generator(nn.Module):
     channels: of the feature maps, each but the first at twice the height and
       width of the one before; (128, 128, 64) is the paper's.
     conditional: BatchNorm instead of the embedding tells the class.
+    dtype: what convolutions compute in, see `convolution.conv2d`.
   """
 
   shape: tuple[int, int, int]
@@ -108,6 +114,7 @@ class Generator(nn.Module):
   latent_dim: int = 100
   channels: tuple[int, ...] = (128, 128, 64)
   conditional: bool = False
+  dtype: convolution.DType = None
 
   @nn.compact
   def __call__(self, z: jax.Array, labels: jax.Array) -> jax.Array:
@@ -127,8 +134,8 @@ class Generator(nn.Module):
     x = dense(z).reshape(-1, h, w, self.channels[0])
     x = _BatchNorm(classes, name='bn0')(x, labels)
     for i, features in enumerate(self.channels[1:], 1):
-      x = _Conv(features, upsample=True, name=f'conv{i}')(x)
+      x = _Conv(features, True, self.dtype, name=f'conv{i}')(x)
       x = nn.leaky_relu(_BatchNorm(classes, name=f'bn{i}')(x, labels), _SLOPE)
-    x = _Conv(depth, name='conv_out')(x)
+    x = _Conv(depth, dtype=self.dtype, name='conv_out')(x)
     x = jnp.tanh(x + self.param('bias_out', nn.initializers.zeros, (depth,)))
     return _BatchNorm(classes=0, name='bn_out')(x[:, :height, :width])

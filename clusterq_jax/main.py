@@ -2,16 +2,22 @@
 
     python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
         [--mode=quantize|evaluate|export] [--config.field=value ...]
+
+Where it is one of several processes, each is started with the same command; see
+`sharding.start`.
 """
 
 import sys
+import traceback
 
+import jax
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from clusterq_jax import export, report, train
+from clusterq_jax import export, report, sharding, train
 from clusterq_jax.errors import InputError
+from clusterq_jax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -21,14 +27,39 @@ _MODES = {
   'export': export.export,
 }
 _MODE = flags.DEFINE_enum('mode', 'quantize', list(_MODES), 'What to do.')
+_DISTRIBUTED = flags.DEFINE_enum(
+  'distributed',
+  'auto',
+  ['auto', 'on', 'off'],
+  'Whether this is one of several processes; auto: on a cluster.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address', None, 'HOST:PORT of process 0; off a cluster.'
+)
+_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Processes in all; off a cluster.'
+)
+_PROCESS = flags.DEFINE_integer(
+  'process_id', None, 'Number of this process, from 0; off a cluster.'
+)
 
 
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
   try:
     config, workdir = _parse(argv)
-    results = _MODES[_MODE.value](config, workdir)
-    print(report.closing_table(results, config, workdir))
+    decision = sharding.start(
+      _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    )
+    if _DISTRIBUTED.value != 'off':
+      print(f'distributed: {decision}', file=sys.stderr)
+    if sharding.is_lead() or _MODE.value == 'quantize':
+      results = _MODES[_MODE.value](config, workdir)
+    if sharding.is_lead():
+      print(report.closing_table(results, config, workdir))
+  except Preempted as e:
+    print(e, file=sys.stderr)
+    return 0
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
@@ -42,6 +73,18 @@ def main(argv: list[str]) -> int:
       file=sys.stderr,
     )
     return 130
+  except Exception as e:
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    print(
+      f'error: process {jax.process_index()} of {jax.process_count()} cannot '
+      f'go on ({(str(e).strip() or repr(e)).splitlines()[0]}); if that is '
+      'because another one is gone, start all of them again with the same '
+      'command: it resumes from the last checkpoint',
+      file=sys.stderr,
+    )
+    return 1
   return 0
 
 
@@ -63,4 +106,4 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  sys.exit(sharding.leave(main(sys.argv)))

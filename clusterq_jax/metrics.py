@@ -46,17 +46,22 @@ def _step(line: str) -> float:
 class Progress:
   """A bar on a terminal; elsewhere a line every twenty seconds."""
 
-  def __init__(self, total: int, done: int, images_per_step: int):
+  def __init__(
+    self, total: int, done: int, images_per_step: int, silent: bool = False
+  ):
+    self._silent = silent
     self._total, self._start, self._done = total, done, done
     self._images = images_per_step
     self._began = self._said = time.monotonic()
     self._bar = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not silent:
       self._bar = tqdm.tqdm(
         total=total, initial=done, unit='step', smoothing=0.05
       )
 
   def update(self, done: int, phase: str, values: dict[str, float]) -> None:
+    if self._silent:
+      return
     shown = {
       k.split('/')[-1] if k.endswith('agreement') else k: f'{v:.3f}'
       for k, v in values.items()
@@ -83,7 +88,7 @@ class Progress:
   def say(self, text: str) -> None:
     if self._bar is not None:
       self._bar.write(text, file=sys.stderr)
-    else:
+    elif not self._silent:
       print(text, file=sys.stderr, flush=True)
 
   def close(self) -> None:

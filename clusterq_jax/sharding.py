@@ -1,14 +1,88 @@
-"""Data parallelism: one mesh axis over every device, batches split along it.
+"""Data parallelism: one mesh axis over every device of every process.
 
 `jit` with `NamedSharding`; statistics over a sharded batch are global because
-the program is written for the whole batch. Left out, until it is tested here:
-several processes.
+the program is written for the whole batch, and random numbers are those of the
+whole batch too. The state is replicated. Every process runs the same program on
+the same numbers; the first one alone, the lead, writes files and speaks.
 """
+
+import os
+import sys
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clusterq_jax.errors import InputError
+
+# How many processes a cluster has started, where an environment says so.
+_PROCESSES = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+# The others wait this long, at their end, while the lead evaluates.
+_WAIT_S = 24 * 3600
+
+
+def start(
+  mode: str,
+  coordinator: str | None = None,
+  processes: int | None = None,
+  process: int | None = None,
+) -> str:
+  """Makes this process one of several where it is one; before any device call.
+
+  Args:
+    mode: 'auto': where JAX recognises a cluster (TPU pod, Slurm, Open MPI,
+      Kubernetes); 'on': there, or with the three that follow; 'off'.
+    coordinator: HOST:PORT of process 0.
+    processes: how many there are.
+    process: which one this is, from 0.
+
+  Returns:
+    What was decided and why, one line.
+
+  Raises:
+    InputError: settings that do not fit, or the others cannot be reached.
+  """
+  if mode != 'on' and (coordinator, processes, process) != (None, None, None):
+    raise InputError(
+      f'--distributed={mode}: --coordinator_address, --num_processes and '
+      "--process_id were given; expected 'on' with them"
+    )
+  if mode == 'off':
+    return 'one process: --distributed=off'
+  for name in _PROCESSES:
+    if mode == 'auto' and os.environ.get(name) == '1':
+      return f'one process: {name}=1'
+  try:
+    jax.distributed.initialize(
+      coordinator, processes, process, shutdown_timeout_seconds=_WAIT_S
+    )
+  except Exception as e:  # every kind of cluster raises its own
+    reason = (str(e).strip() or repr(e)).splitlines()[0]
+    if mode == 'auto' and reason == 'coordinator_address should be defined.':
+      return 'one process: no cluster found; --distributed=on says otherwise'
+    raise InputError(f'--distributed={mode}: {reason}') from e
+  return (
+    f'process {jax.process_index()} of {jax.process_count()}, '
+    f'{jax.local_device_count()} of {jax.device_count()} devices: '
+    + ('cluster found' if coordinator is None else f'given {coordinator}')
+  )
+
+
+def is_lead() -> bool:
+  """Whether this process is the one that writes files."""
+  return jax.process_index() == 0
+
+
+def leave(code: int) -> int:
+  """Ends a failed process of several at once; else returns the code.
+
+  An orderly exit would wait for the others, and they for this one: they stop
+  when it is gone.
+  """
+  if code and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def make_mesh(batch_size: int) -> jax.sharding.Mesh:

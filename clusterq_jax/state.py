@@ -23,7 +23,7 @@ class TrainState(struct.PyTreeNode):
     student_opt: its optimiser state.
     centroids: class centroids of the semantic layers.
     pool: recent generator images as pixels, uint8 [P * B, H, W, C]: what
-      student-only steps are fed with.
+      student-only steps are fed with; None without (P = 0).
     bad_step: the first step whose loss was not finite, or -1, int32 [].
   """
 
@@ -33,5 +33,5 @@ class TrainState(struct.PyTreeNode):
   student: Any
   student_opt: Any
   centroids: Centroids
-  pool: jax.Array
+  pool: jax.Array | None
   bad_step: jax.Array

@@ -2,9 +2,9 @@
 
 Everything derives from the per-sample moments over space, [B, C] each, so that
 batch and class statistics are small algebra and are global under `jit` over a
-sharded batch. Sums stay in float32 whatever the compute dtype. Source: Gao et
-al., arXiv 2205.00179, eqs. 4 and 9; the decomposition is the law of total
-variance.
+sharded batch. Sums are in float32 at least, whatever the compute dtype. Source:
+Gao et al., arXiv 2205.00179, eqs. 4 and 9; the decomposition is the law of
+total variance.
 
 The cost of class statistics does not depend on the number of classes: see
 `Classes`.
@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
 def sample_moments(h: jax.Array) -> Moments:
   """Moments over space of feature maps h, [B, H, W, C]."""
-  h = h.astype(jnp.float32)
+  h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
   mean = jnp.mean(h, (1, 2))
   var = jnp.mean(jnp.square(h), (1, 2)) - jnp.square(mean)
   return Moments(mean, jnp.maximum(var, 0.0))

@@ -83,10 +83,12 @@ class Steps:
     pool_batches: P, batches that the pool holds.
     augment_probability: of augmenting a batch.
     augment_flip: whether augmentation mirrors.
+    augment_mixup: of blending an image with another, in student steps.
     range_steps: step up to which activation ranges adapt (minmax ranges).
     generator_lr, student_lr, quant_lr: learning rates by step.
     generator_optimizer, student_optimizer: without learning rate.
     mesh: devices.
+    dtype: what convolutions compute in, the generator's too; see `conv2d`.
   """
 
   build: Builder
@@ -100,6 +102,7 @@ class Steps:
   pool_batches: int
   augment_probability: float
   augment_flip: bool
+  augment_mixup: float
   range_steps: int
   generator_lr: LearningRate
   student_lr: LearningRate
@@ -107,6 +110,7 @@ class Steps:
   generator_optimizer: optax.GradientTransformation
   student_optimizer: optax.GradientTransformation
   mesh: jax.sharding.Mesh
+  dtype: Any = None
 
   # ------------------------------------------------------------- networks
 
@@ -141,17 +145,18 @@ class Steps:
 
   def teach(self, teacher: Any, x: jax.Array):
     """The teacher's answers, and moments of every BatchNorm input."""
-    network = self._network(float_layers.layer_set(tap=True))
+    network = self._network(float_layers.layer_set(tap=True, dtype=self.dtype))
     answers, taps = self._answers(network, teacher, x, 'moments')
     return answers, float_layers.ordered_moments(taps, self.graph)
 
   def teacher_logits(self, teacher: Any, x: jax.Array):
     """Teacher logits [B, K]."""
-    return self._network(float_layers.layer_set()).apply(teacher, x)
+    layers = float_layers.layer_set(dtype=self.dtype)
+    return self._network(layers).apply(teacher, x)
 
   def student_logits(self, student: Any, teacher: Any, x: jax.Array):
     """Student logits [B, K]; BatchNorm statistics are the teacher's."""
-    network = self._network(fake_quant.layer_set(self.plan))
+    network = self._network(fake_quant.layer_set(self.plan, dtype=self.dtype))
     variables = {**student, 'batch_stats': teacher['batch_stats']}
     return network.apply(variables, x)
 
@@ -197,7 +202,10 @@ class Steps:
     }
     names = self.graph.batch_norms[self._semantic]
     channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
-    images = self.pool_batches * self.batch_size
+    pool = None
+    if self.pool_batches:
+      images = self.pool_batches * self.batch_size
+      pool = jnp.zeros((images, *self.generator.shape), jnp.uint8)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       generator=generator,
@@ -205,7 +213,7 @@ class Steps:
       student=student,
       student_opt=self.student_optimizer.init(self._trained(student)),
       centroids=centroids_lib.empty(self.num_classes, tuple(channels)),
-      pool=jnp.zeros((images, *self.generator.shape), jnp.uint8),
+      pool=pool,
       bad_step=jnp.full((), -1, jnp.int32),
     )
 
@@ -238,7 +246,7 @@ class Steps:
     return state.replace(centroids=centroids)
 
   def _calibrate(self, teacher: Any, x: jax.Array) -> Any:
-    layers = fake_quant.layer_set(self.plan, calibrate=True)
+    layers = fake_quant.layer_set(self.plan, calibrate=True, dtype=self.dtype)
     return self._network(layers).apply(teacher, x, mutable=['quant'])[1][
       'quant'
     ]
@@ -314,7 +322,9 @@ class Steps:
 
   def _student_update(self, state, teacher, x, labels, answers):
     """One student update; answers: the teacher's."""
-    layers = fake_quant.layer_set(self.plan, observe=not self.plan.learned)
+    layers = fake_quant.layer_set(
+      self.plan, observe=not self.plan.learned, dtype=self.dtype
+    )
     network = self._network(layers)
     batch_stats = teacher['batch_stats']
     w = self.weights
@@ -378,7 +388,7 @@ class Steps:
 
   def _remember(self, state: TrainState, images: jax.Array) -> TrainState:
     """Puts a batch of generator images into the pool, oldest out."""
-    if not self.pool_batches:
+    if state.pool is None:
       return state
     start = (state.step % self.pool_batches) * self.batch_size
     pixels = self.preprocessing.to_pixels(images)
@@ -416,13 +426,15 @@ class Steps:
     The label of a pool image is the teacher's answer.
     """
     key = jax.random.fold_in(key, state.step)
-    draw_key, augment_key = jax.random.split(key)
+    draw_key, augment_key, mix_key = jax.random.split(key, 3)
+    assert state.pool is not None
     rows = jax.random.randint(
       draw_key, (self.batch_size,), 0, state.pool.shape[0]
     )
     pixels = sharding.split_batch(self.mesh, state.pool[rows])
     x = self._augment(augment_key, self.preprocessing.normalize(pixels))
-    network = self._network(float_layers.layer_set())
+    x = augment.mixup(mix_key, x, self.augment_mixup)
+    network = self._network(float_layers.layer_set(dtype=self.dtype))
     answers, _ = jax.lax.stop_gradient(self._answers(network, teacher, x))
     labels = jnp.argmax(answers.logits, -1)
     state, metrics = self._student_update(state, teacher, x, labels, answers)

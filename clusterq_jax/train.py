@@ -5,6 +5,7 @@ No formulas here: they are in `steps.py` and what it calls.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from clusterq_jax import (
   data,
   evaluation,
   experiment,
+  preemption,
   reuse,
   samples,
   sharding,
@@ -44,15 +46,21 @@ class Compiler:
   """Compiles each program once, ahead of time, and counts the seconds.
 
   A program compiled ahead of time cannot compile again behind our back: other
-  shapes are an error.
+  shapes are an error. What a program returns is on every device, as what it
+  takes is.
   """
 
-  def __init__(self):
+  def __init__(self, mesh: jax.sharding.Mesh):
     self.seconds = 0.0
+    self._everywhere = sharding.replicated(mesh)
 
   def __call__(self, function: Callable, *args, donate: bool = False):
     start = time.monotonic()
-    jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
+    jitted = jax.jit(
+      function,
+      donate_argnums=(0,) if donate else (),
+      out_shardings=self._everywhere,
+    )
     compiled = jitted.lower(*args).compile()
     self.seconds += time.monotonic() - start
     return compiled
@@ -115,13 +123,17 @@ class _Run:
 
   def save_samples(self, state: TrainState, folder: pathlib.Path) -> None:
     classes = min(self.steps.num_classes, samples.ROWS)
-    labels = jnp.repeat(jnp.arange(classes), samples.COLUMNS)
-    x, _ = jax.jit(self.steps.generate)(
+    labels = np.repeat(np.arange(classes), samples.COLUMNS)
+    everywhere = sharding.replicated(self.steps.mesh)
+    x, _ = jax.jit(self.steps.generate, out_shardings=everywhere)(
       state.generator, self.keys[_SAMPLES], labels
     )
-    pixels = np.asarray(self.teacher.preprocessing.to_pixels(x))
-    shape = (classes, samples.COLUMNS, *pixels.shape[1:])
-    samples.save(folder, pixels.reshape(shape), np.asarray(labels))
+    if sharding.is_lead():
+      pixels = np.asarray(
+        self.teacher.preprocessing.to_pixels(jax.device_get(x))
+      )
+      shape = (classes, samples.COLUMNS, *pixels.shape[1:])
+      samples.save(folder, pixels.reshape(shape), labels)
 
   def settle(self, state: TrainState) -> TrainState:
     """Gives the student the weights that its codes stand for."""
@@ -161,30 +173,47 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   Returns:
     What results.json holds: accuracies and agreements in percent, `wall_s` and
-    `compile_s` in seconds, `peak_rss_mb` in MB.
+    `compile_s` in seconds, `peak_rss_mb` in MB. Of several processes, all have
+    to call this; only the first writes, evaluates and returns something.
 
   Raises:
     InputError: bad config, weights, images or workdir; or a loss that is no
       longer finite.
+    Preempted: SIGTERM came; the state is saved.
   """
   began = time.monotonic()
   config_lib.validate(config)
   teacher = experiment.load_teacher(config)
-  images = experiment.load_images(config, teacher)
+  images = None
+  if sharding.is_lead():
+    images = experiment.load_images(config, teacher)
   steps = experiment.make_steps(config, teacher)
-  folder = workdir_lib.open_workdir(config, workdir)
+  with workdir_lib.open_workdir(config, workdir) as folder:
+    return _quantize(config, teacher, images, steps, folder, began)
 
+
+def _quantize(
+  config: ml_collections.ConfigDict,
+  teacher: Teacher,
+  images: data.Images | None,
+  steps: Steps,
+  folder: pathlib.Path,
+  began: float,
+) -> dict[str, Any]:
+  """The run itself; began: when, on the monotonic clock."""
   replicated = sharding.replicated(steps.mesh)
-  root = jax.random.key(config.seed)
+
+  def keys():
+    root = jax.random.key(config.seed)
+    return [jax.random.fold_in(root, i) for i in range(6)]
+
   run = _Run(
     config,
     teacher,
     variables=jax.device_put(teacher.variables, replicated),
     steps=steps,
-    keys=[
-      jax.device_put(jax.random.fold_in(root, i), replicated) for i in range(6)
-    ],
-    compile=Compiler(),
+    keys=jax.jit(keys, out_shardings=replicated)(),
+    compile=Compiler(steps.mesh),
   )
 
   # ------------------------------------------------- state: resume or begin
@@ -212,14 +241,17 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   # --------------------------------------------------- what came out of it
   state = run.settle(state)
-  run.save_student(state, folder / student_lib.FILE)
   run.save_samples(state, folder)
+  synthetic = run.synthetic_agreement(state)
+  if not sharding.is_lead():
+    return {}
+  run.save_student(state, folder / student_lib.FILE)
   networks = {'student': student_lib.load(folder).logits}
   results: dict[str, Any] = _on_images(config, teacher, networks, images)
   bits = experiment.bits_of(config)
   params = run.variables['params']
   results |= {
-    'synthetic': run.synthetic_agreement(state),
+    'synthetic': synthetic,
     'bits': {
       **dataclasses.asdict(bits),
       'input': plan_lib.WIDE_BITS,
@@ -250,6 +282,9 @@ def _train(
 
   The loop never waits for the device but to save: metrics are fetched one
   logging interval late, when the device is long past them.
+
+  Raises:
+    Preempted: SIGTERM came; the state is saved.
   """
   s, steps = run.config.schedule, run.steps
   phases = (
@@ -262,8 +297,10 @@ def _train(
   centroids_at = s.warmup_steps
   calibrate_at = total - s.student_steps - s.joint_steps
   start = done = int(state.step)
-  log = metrics_lib.MetricsFile(folder / 'metrics.jsonl', done)
-  progress = metrics_lib.Progress(total, done, s.batch_size)
+  lead = sharding.is_lead()
+  file = folder / 'metrics.jsonl' if lead else pathlib.Path(os.devnull)
+  log = metrics_lib.MetricsFile(file, done)
+  progress = metrics_lib.Progress(total, done, s.batch_size, silent=not lead)
   if done:
     progress.say(f'{folder}: resuming at step {done} of {total}')
   pending: list[tuple[int, str, Any]] = []
@@ -286,26 +323,34 @@ def _train(
   began, compiled_before = time.monotonic(), run.compile.seconds
   args = run.variables, run.keys[_TRAIN]
   end = 0
-  for phase, length, step_fn in phases:
-    end += length
-    if done >= end:
-      continue
-    program = run.compile(step_fn, state, *args, donate=True)
-    while done < end:
-      if done == centroids_at:
-        state = run.initialize_centroids(state)
-      if done == calibrate_at:
-        state = run.calibrate_student(state)
-      state, values = program(state, *args)
-      done += 1
-      if done % run.config.report.log_every == 0 or done == total:
-        # A copy: the state itself is donated to the next step.
-        pending.append((done, phase, (values, jnp.copy(state.bad_step))))
-        flush(keep=1)
-      if done % run.config.checkpoint_every == 0 or done == total:
-        flush(keep=0)
-        if int(state.bad_step) < 0:
-          save(done, state)
+  with preemption.notice() as told_to_stop:
+    for phase, length, step_fn in phases:
+      end += length
+      if done >= end:
+        continue
+      program = run.compile(step_fn, state, *args, donate=True)
+      while done < end:
+        if done == centroids_at:
+          state = run.initialize_centroids(state)
+        if done == calibrate_at:
+          state = run.calibrate_student(state)
+        state, values = program(state, *args)
+        done += 1
+        stop = told_to_stop(done) and done < total
+        if done % run.config.report.log_every == 0 or done == total:
+          # A copy: the state itself is donated to the next step.
+          pending.append((done, phase, (values, jnp.copy(state.bad_step))))
+          flush(keep=1)
+        if stop or done % run.config.checkpoint_every == 0 or done == total:
+          flush(keep=0)
+          if int(state.bad_step) < 0:
+            save(done, state)
+        if stop:
+          progress.close()
+          raise preemption.Preempted(
+            f'stopped by SIGTERM after step {done} of {total}, which is saved '
+            f'in {folder}; the same command goes on from there'
+          )
   flush(keep=0)
   progress.close()
   seconds = time.monotonic() - began - (run.compile.seconds - compiled_before)
@@ -356,6 +401,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     networks['student'] = student.logits
   if config.eval.network == 'integer':
     networks['deployed'] = student.integer().logits
-  folder = workdir_lib.open_workdir(config, workdir)
-  results = _on_images(config, teacher, networks, images)
-  return workdir_lib.merge_results(folder, results)
+  with workdir_lib.open_workdir(config, workdir) as folder:
+    results = _on_images(config, teacher, networks, images)
+    return workdir_lib.merge_results(folder, results)

@@ -1,41 +1,83 @@
 """The folder of a run: whose it is, and its results."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 
 from clusterq_jax import config as config_lib
-from clusterq_jax import metrics
+from clusterq_jax import metrics, sharding
 from clusterq_jax.errors import InputError
 
+LOCK = '.lock'
 
+
+@contextlib.contextmanager
 def open_workdir(
   config: ml_collections.ConfigDict, workdir: str
-) -> pathlib.Path:
-  """Makes the workdir, or refuses one that holds a run of another config.
+) -> Iterator[pathlib.Path]:
+  """Makes the workdir, and holds it against other runs.
+
+  Of several processes only the lead touches it.
 
   Raises:
-    InputError: another training config, or a folder that cannot be written.
+    InputError: another run is working there, another training config, or a
+      folder that cannot be written.
   """
   folder = pathlib.Path(workdir)
-  file = folder / 'config.json'
+  if not sharding.is_lead():
+    yield folder
+    return
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open('a+')
+  except OSError as e:
+    raise InputError(f'{workdir}: cannot be written: {e.strerror}') from e
+  with lock:
+    _lock(lock, workdir)
+    _claim(config, folder)
+    yield folder
+
+
+def _lock(file, workdir: str) -> None:
+  """Locks a file for as long as it is open: dies with the process."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    file.seek(0)
+    raise InputError(
+      f'{workdir}: {file.read().strip()} is working there; wait for it, stop '
+      'it, or choose another workdir'
+    ) from e
+  except OSError:  # a file system without locks
+    return
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+  file.flush()
+
+
+def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """Refuses a folder that holds a run of another config; else stores this."""
+  file = folder / 'config.json'
+  try:
     if file.exists():
       changed = config_lib.differences(json.loads(file.read_text()), config)
       if changed:
         raise InputError(
-          f'{workdir} holds a run with another config; it differs in '
+          f'{folder} holds a run with another config; it differs in '
           f'{"; ".join(changed)}. Choose another workdir, or the same config'
         )
     metrics.write_json(file, config.to_dict())
   except OSError as e:
-    raise InputError(f'{workdir}: cannot be written: {e.strerror}') from e
+    raise InputError(f'{folder}: cannot be written: {e.strerror}') from e
   except json.JSONDecodeError as e:
     raise InputError(f'{file}: not a config: {e}') from e
-  return folder
 
 
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:

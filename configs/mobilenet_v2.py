@@ -5,9 +5,9 @@ Paper: ClusterQ, arXiv 2205.00179, table II (63.33 from a 73.03 teacher).
     python -m clusterq_jax.main --config=configs/mobilenet_v2.py \
         --workdir=runs/mobilenet_v2
 
-Needs weights/mobilenet_v2.pth. 10,000 warm-up and 70,000 joint steps of 16 images: for
-an accelerator. Not run here; accuracy and time unknown. The same network with
-the short recipe: start from `efficientnet_lite0.py`.
+Needs weights/mobilenet_v2.pth. 10,000 warm-up and 70,000 joint steps of 16
+images: for an accelerator. Not run here; accuracy and time unknown. For a short
+schedule start from `efficientnet_lite0.py`.
 """
 
 from clusterq_jax import config as config_lib

@@ -5,9 +5,9 @@ Paper: ClusterQ, arXiv 2205.00179, which has no figure for this network.
     python -m clusterq_jax.main --config=configs/resnet50.py \
         --workdir=runs/resnet50
 
-Needs weights/resnet50.pth. 10,000 warm-up and 70,000 joint steps of 16 images: for
-an accelerator. Not run here; accuracy and time unknown. The same network with
-the short recipe: start from `efficientnet_lite0.py`.
+Needs weights/resnet50.pth. 10,000 warm-up and 70,000 joint steps of 16
+images: for an accelerator. Not run here; accuracy and time unknown. For a short
+schedule start from `efficientnet_lite0.py`.
 """
 
 from clusterq_jax import config as config_lib

@@ -135,6 +135,27 @@ clusterq_env() {
   fi
 }
 
+# Whether argument $1 is --dry-run: clusterq_do then prints and does nothing.
+clusterq_dry_run() {
+  CLUSTERQ_DRY_RUN=''
+  [[ "$1" == --dry-run ]] && CLUSTERQ_DRY_RUN=1
+}
+
+# Runs a command, or prints it, quoted for a shell.
+clusterq_do() {
+  local word line=''
+  if [[ -z "$CLUSTERQ_DRY_RUN" ]]; then
+    "$@"
+    return
+  fi
+  for word in "$@"; do
+    [[ "$word" =~ ^[A-Za-z0-9_./:=@,+-]+$ ]] || word="${word@Q}"
+    line+=" $word"
+  done
+  line="${line# exec}"
+  echo "${line# }"
+}
+
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
   clusterq_setup "$@"
 fi

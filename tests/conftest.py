@@ -174,7 +174,8 @@ def command(
   """Calls the command line in this process; returns (code, stdout, stderr)."""
 
   def call(*arguments: str) -> tuple[int, str, str]:
-    argv = ['main', *map(str, arguments)]
+    # JAX has been used here: too late to become one of several processes.
+    argv = ['main', '--distributed=off', *map(str, arguments)]
     # ml_collections finds overrides of config fields here, not in what it gets.
     monkeypatch.setattr(sys, 'argv', argv)
     capfd.readouterr()

@@ -111,6 +111,36 @@ def test_convolution(size, side, strides, padding, groups):
   np.testing.assert_allclose(found[2], reference[2], atol=2e-4)
 
 
+@pytest.mark.parametrize(('groups', 'strides'), [(1, 1), (1, 2), (8, 1)])
+def test_convolution_in_bfloat16(groups, strides):
+  random = np.random.RandomState(0)
+  x = random.randn(3, 7, 6, 8).astype(np.float32)
+  kernel = random.randn(3, 3, 8 // groups, 8).astype(np.float32)
+  shape = jax.eval_shape(
+    lambda x, k: convolution.conv2d(x, k, strides, 1, groups), x, kernel
+  ).shape
+  g = random.randn(*shape).astype(np.float32)
+
+  def run(dtype, *arrays):
+    def function(x, kernel):
+      return convolution.conv2d(x, kernel, strides, 1, groups, dtype)
+
+    value, pullback = jax.vjp(function, *arrays[:2])
+    return value, *pullback(arrays[2])
+
+  def rounded(a):
+    return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
+
+  found = jax.jit(functools.partial(run, jnp.bfloat16))(x, kernel, g)
+  # Of the same rounded numbers, in float32.
+  expected = jax.jit(functools.partial(run, None))(
+    *map(rounded, (x, kernel, g))
+  )
+  for a, b in zip(found, expected, strict=True):
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a, b, rtol=2**-6, atol=0.03 * np.std(b))
+
+
 # --- One ConvBN --------------------------------------------------------------
 
 

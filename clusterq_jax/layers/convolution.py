@@ -15,6 +15,7 @@ Other backends keep XLA's own.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from clusterq_jax.layers import protocol
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 Pads = tuple[tuple[int, int], tuple[int, int]]
+DType = Any
 
 
 def explicit(
@@ -76,13 +78,14 @@ def convolve(
   return lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def conv2d(
   x: jax.Array,
   kernel: jax.Array,
   strides: int = 1,
   padding: protocol.Padding = None,
   groups: int = 1,
+  dtype: DType = None,
 ) -> jax.Array:
   """Convolves images with a square kernel.
 
@@ -92,20 +95,36 @@ def conv2d(
     strides: step in both directions.
     padding: as in `protocol`.
     groups: number of channel groups.
+    dtype: what numbers are rounded to before and after the convolution, and its
+      gradients; None: not at all.
 
   Returns:
-    [B, H', W', O] with H' = (H + padding - k) // strides + 1, W' likewise.
+    [B, H', W', O] with H' = (H + padding - k) // strides + 1, W' likewise; in
+    the dtype of x.
   """
   pads = explicit(x, kernel.shape[0], strides, padding)
-  return convolve(x, kernel, strides, pads, groups)
+  images, weights = _rounded(dtype, x, kernel)
+  return convolve(images, weights, strides, pads, groups).astype(x.dtype)
 
 
-def _forward(x, kernel, strides, padding, groups):
-  return conv2d(x, kernel, strides, padding, groups), (x, kernel)
+def _rounded(dtype: DType, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  return arrays if dtype is None else tuple(a.astype(dtype) for a in arrays)
 
 
-def _backward(strides, padding, groups, residuals, g):
-  x, kernel = residuals
+def _forward(x, kernel, strides, padding, groups, dtype):
+  y = conv2d(x, kernel, strides, padding, groups, dtype)
+  return y, (*_rounded(dtype, x, kernel), jnp.zeros((), x.dtype))
+
+
+def _backward(strides, padding, groups, dtype, residuals, g):
+  x, kernel, like = residuals
+  gradients = _gradients(
+    strides, padding, groups, x, kernel, *_rounded(dtype, g)
+  )
+  return tuple(a.astype(like.dtype) for a in gradients)
+
+
+def _gradients(strides, padding, groups, x, kernel, g):
   side = kernel.shape[0]
   pads = explicit(x, side, strides, padding)
 

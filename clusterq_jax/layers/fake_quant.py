@@ -114,6 +114,7 @@ class QuantConv(_Quantized):
   groups: int = 1
   act: protocol.Activation = None
   epsilon: float = protocol.EPSILON
+  dtype: convolution.DType = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -126,7 +127,12 @@ class QuantConv(_Quantized):
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
     var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
     h = convolution.conv2d(
-      x, self.quantize_weights(kernel), self.strides, self.padding, self.groups
+      x,
+      self.quantize_weights(kernel),
+      self.strides,
+      self.padding,
+      self.groups,
+      self.dtype,
     )
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
     h = h * gain + (bias - mean.value * gain)
@@ -159,7 +165,10 @@ class _WithoutWeights(_Quantized, kw_only=True):
 
 
 def layer_set(
-  plan: Plan, calibrate: bool = False, observe: bool = False
+  plan: Plan,
+  calibrate: bool = False,
+  observe: bool = False,
+  dtype: convolution.DType = None,
 ) -> protocol.LayerSet:
   """The quantized layers that `plan` describes; see `_Quantized`."""
   plain = float_layers.layer_set()
@@ -178,7 +187,7 @@ def layer_set(
 
   return protocol.LayerSet(
     input=quantized(plain.input),
-    conv_bn=functools.partial(QuantConv, plan, calibrate, observe),
+    conv_bn=functools.partial(QuantConv, plan, calibrate, observe, dtype=dtype),
     dense=functools.partial(QuantDense, plan, calibrate, observe),
     add=quantized(plain.add),
     pad_shortcut=plain.pad_shortcut,

@@ -67,6 +67,7 @@ class ConvBN(nn.Module):
   groups: int = 1
   act: protocol.Activation = None
   epsilon: float = protocol.EPSILON
+  dtype: convolution.DType = None
   train: bool = False
   tap: bool = False
 
@@ -80,7 +81,9 @@ class ConvBN(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
     var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
-    h = convolution.conv2d(x, kernel, self.strides, self.padding, self.groups)
+    h = convolution.conv2d(
+      x, kernel, self.strides, self.padding, self.groups, self.dtype
+    )
     if self.tap:
       self.sow(
         'moments',
@@ -114,10 +117,13 @@ class Dense(nn.Module):
     return x @ kernel + bias
 
 
-def layer_set(train: bool = False, tap: bool = False) -> protocol.LayerSet:
+def layer_set(
+  train: bool = False, tap: bool = False, dtype: convolution.DType = None
+) -> protocol.LayerSet:
   """The float layers.
 
   Args:
+    dtype: what convolutions compute in, see `conv2d`.
     train: BatchNorm uses and updates batch statistics (pretraining only).
     tap: record BatchNorm-input moments in the collection `moments`.
   """
@@ -132,7 +138,7 @@ def layer_set(train: bool = False, tap: bool = False) -> protocol.LayerSet:
 
   return protocol.LayerSet(
     input=no_weights(lambda x: x),
-    conv_bn=functools.partial(ConvBN, train=train, tap=tap),
+    conv_bn=functools.partial(ConvBN, train=train, tap=tap, dtype=dtype),
     dense=Dense,
     add=no_weights(lambda x, y, act=None: activate(x + y, act)),
     pad_shortcut=no_weights(pad_channels),

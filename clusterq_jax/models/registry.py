@@ -159,7 +159,7 @@ def register(
       'name'
     )
   _ARCHITECTURES[name] = Architecture(
-    name, network, dataclasses.asdict(preprocessing), rows
+    name, network, dataclasses.asdict(preprocessing), rows=rows
   )
 
 

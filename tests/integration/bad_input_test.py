@@ -121,6 +121,7 @@ def test_batch_that_does_not_divide(spawn, tiny_config_file, tmp_path):
     f'--config={tiny_config_file}',
     f'--workdir={tmp_path / "run"}',
     '--config.schedule.batch_size=12',
+    '--distributed=off',
     JAX_PLATFORMS='cpu',
     XLA_FLAGS='--xla_force_host_platform_device_count=8',
   )

@@ -1,8 +1,9 @@
-"""kill -9 at any moment, then the same command: the same bits."""
+"""Stopped or killed at any moment, then the same command: the same bits."""
 
 import json
 import pathlib
 import shutil
+import signal
 import time
 
 import jax
@@ -97,6 +98,43 @@ def test_killed_again_and_again(
   assert _results(workdir) == _results(finished.workdir)
   left = {path.name for path in (workdir / 'checkpoints').iterdir()}
   assert left == {'8', '10'}  # nothing half-written stays
+
+
+# --- SIGTERM, and a second run ------------------------------------------------
+
+
+def test_sigterm_and_a_second_run(
+  finished, state_at, spawn, command, tiny_config_file, tmp_path
+):
+  workdir = tmp_path / 'run'
+  flags = f'--config={tiny_config_file}', f'--workdir={workdir}'
+  process = spawn('-m', 'clusterq_jax.main', *flags)
+  in_generator_phase = _moments(workdir)['in the generator phase']
+  while process.poll() is None and not in_generator_phase():
+    time.sleep(0.001)
+  process.send_signal(signal.SIGSTOP)  # so that it lives for long enough
+
+  before = _contents(workdir)
+  code, out, error = command(*flags)
+  assert (code, out, error.count('\n')) == (2, '', 1)
+  assert f'{workdir}: process {process.pid} on ' in error
+  assert _contents(workdir) == before
+
+  process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGCONT)
+  out, error = process.communicate(timeout=300)
+  assert (process.returncode, out) == (0, ''), error
+  said = error.splitlines()[-1]
+  step = max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+  assert 4 <= step < 10
+  assert f'stopped by SIGTERM after step {step} of 10' in said
+  assert 'the same command goes on from there' in said
+  assert not (workdir / 'student.safetensors').exists()
+
+  code, _, error = command(*flags)
+  assert code == 0, error
+  assert f'resuming at step {step} of 10' in error
+  _assert_same_run(workdir, finished, state_at)
 
 
 # --- Checkpoints cut short ---------------------------------------------------

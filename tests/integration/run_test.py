@@ -102,6 +102,7 @@ def test_files(finished):
     'metrics.jsonl',
     'config.json',
     'checkpoints',
+    '.lock',
   }
   kept = {path.name for path in (finished.workdir / 'checkpoints').iterdir()}
   assert kept == {'8', '10'}

@@ -1,0 +1,177 @@
+"""Two processes on this machine: one result, one writer, and none left alone.
+
+They speak over loopback, with XLA's CPU collectives (gloo).
+"""
+
+import json
+import signal
+import socket
+import time
+
+import jax
+import pytest
+
+_STEPS = 12
+_FLAGS = (
+  # The learning rates and range steps of the finished run's joint phase.
+  '--config.schedule.warmup_steps=0',
+  '--config.schedule.generator_steps=0',
+  f'--config.schedule.joint_steps={_STEPS}',
+  '--config.schedule.student_steps=0',
+  '--config.schedule.range_steps=7',
+  '--config.checkpoint_every=3',
+)
+
+
+# JAX asks for the TPU's library before it believes the variables of GKE.
+_ON_GKE = """
+import runpy
+from jax._src.clusters import cloud_tpu_cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+runpy.run_module('clusterq_jax.main', run_name='__main__')
+"""
+
+
+def _found_by(how, port, i):
+  """How process i of 2 finds the other: Python's arguments, and variables."""
+  if how == 'flags':
+    return (
+      '-m',
+      'clusterq_jax.main',
+      '--distributed=on',
+      f'--coordinator_address=localhost:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+    ), {}
+  variables = {'JAX_COORDINATOR_PORT': str(port)}
+  if how == 'gke':
+    return ('-c', _ON_GKE), variables | {
+      'TPU_WORKER_HOSTNAMES': 'localhost,localhost',
+      'TPU_WORKER_ID': str(i),
+    }
+  return ('-m', 'clusterq_jax.main'), variables | {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(i),
+    'SLURM_LOCALID': str(i),
+  }
+
+
+@pytest.fixture
+def start(spawn, tiny_config_file, tmp_path):
+  """Starts both processes of a run on tmp_path / 'run'; returns them."""
+  started = []
+
+  def call(how):
+    with socket.socket() as found:
+      found.bind(('localhost', 0))
+      port = found.getsockname()[1]
+    for i in range(2):
+      arguments, variables = _found_by(how, port, i)
+      process = spawn(
+        *arguments,
+        f'--config={tiny_config_file}',
+        f'--workdir={tmp_path / "run"}',
+        *_FLAGS,
+        JAX_PLATFORMS='cpu',
+        JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # compiles faster
+        **variables,
+      )
+      started.append(process)
+    return started[-2:]
+
+  yield call
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def logged(tmp_path):
+  """Reads the losses logged so far, by step."""
+
+  def read():
+    file = tmp_path / 'run' / 'metrics.jsonl'
+    lines = file.read_text().split('\n')[:-1] if file.exists() else []
+    return {line['step']: line for line in map(json.loads, lines)}
+
+  return read
+
+
+def _wait(process, condition):
+  end = time.monotonic() + 300
+  while process.poll() is None and not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def _end(processes):
+  """Exit codes and what was said on stderr, in order of the processes."""
+  said = [process.communicate(timeout=300)[1] for process in processes]
+  return [process.returncode for process in processes], said
+
+
+def _reference(finished):
+  """Losses of one process: the finished run's programs, from the start."""
+  run = finished.programs
+  everywhere = finished.key.sharding
+  root = jax.random.key(finished.config.seed)
+  init, train, centroids, calibration = (
+    jax.device_put(jax.random.fold_in(root, i), everywhere) for i in range(4)
+  )
+  state = jax.jit(finished.steps.init, out_shardings=everywhere)(
+    init, finished.variables
+  )
+  keys = jax.random.split(centroids, 8)  # 16 images of each of 4 classes
+  state = run['initialize_centroids'](state, finished.variables, keys)
+  state = run['calibrate_student'](state, finished.variables, calibration)
+  losses = []
+  for _ in range(5):
+    state, values = run['joint_step'](state, finished.variables, train)
+    losses.append(values)
+  return jax.device_get(losses)
+
+
+def test_two_processes(start, logged, finished, tmp_path):
+  """SIGTERM to one, then SIGKILL, then to the end, with the same command."""
+  lead, other = start('flags')
+  _wait(lead, logged)
+  other.send_signal(signal.SIGTERM)
+  codes, said = _end((lead, other))
+  assert codes == [0, 0], said
+  first = max(logged())
+  assert 0 < first < _STEPS
+  for text in said:
+    assert 'distributed: process' in text
+    assert f'stopped by SIGTERM after step {first} of {_STEPS}' in text
+    assert 'the same command goes on from there' in text
+
+  lead, other = start('slurm')
+  _wait(lead, lambda: max(logged()) > first)
+  other.kill()
+  killed_at = time.monotonic()
+  codes, said = _end((lead, other))
+  assert codes == [1, -9], said
+  assert time.monotonic() - killed_at < 60
+  assert f'resuming at step {first} of {_STEPS}' in said[0]
+  assert 'error: process 0 of 2 cannot go on' in said[0].splitlines()[-1]
+  assert 'the same command' in said[0].splitlines()[-1]
+  second = max(logged())
+  assert second < _STEPS
+
+  processes = start('gke')
+  codes, said = _end(processes)
+  assert codes == [0, 0], said
+  assert 'resuming at step' in said[0]
+  assert said[1].count('\n') <= 2, said[1]  # what it is, and Gloo's own line
+  assert list(logged()) == list(range(1, _STEPS + 1))
+  results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+  assert results['steps'] == _STEPS
+  assert len(results['devices']) == 2
+  for step, expected in enumerate(_reference(finished), 1):
+    for name in ('generator/loss', 'student/loss'):
+      assert logged()[step][name] == pytest.approx(expected[name], rel=1e-5), (
+        step,
+        name,
+      )
