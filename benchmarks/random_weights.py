@@ -1,0 +1,89 @@
+"""Weights for a network that no trained ones can be had for.
+
+    python benchmarks/random_weights.py --arch=resnet18 --output=F.safetensors
+
+Random kernels, gains and biases; BatchNorm statistics of noise images, so that
+activations keep their scale through the network, as with trained weights.
+For speed, size and bit-exactness, which do not depend on accuracy.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clusterq_jax import statistics, weights
+from clusterq_jax.data import Preprocessing
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import protocol
+from clusterq_jax.models import registry
+
+_IMAGES = 8
+
+
+def make(arch: str, num_classes: int, seed: int):
+  """Variables of a network, and the input that is usual for it."""
+  build = registry.builder(arch, num_classes=num_classes)
+  usual = registry.architecture(arch).preprocessing
+  prep = Preprocessing(**usual)
+  random = np.random.RandomState(seed)
+  network = build(float_layers.layer_set(train=True, tap=True))
+  noise = random.randint(0, 256, (_IMAGES, *prep.shape), np.uint8)
+  x = prep.normalize(jnp.asarray(noise))
+
+  def draw(path, leaf):
+    if path[-1].key == 'kernel':
+      deviation = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+      return np.float32(random.randn(*leaf.shape) * deviation)
+    low, high = {'scale': (0.5, 1.5), 'var': (1, 1)}.get(
+      path[-1].key, (-0.2, 0.2)
+    )
+    return random.uniform(low, high, leaf.shape).astype(np.float32)
+
+  shapes = jax.eval_shape(network.init, jax.random.key(0), x)
+  variables = {
+    key: jax.tree_util.tree_map_with_path(draw, shapes[key])
+    for key in ('params', 'batch_stats')
+  }
+
+  @jax.jit
+  def observe(variables):
+    _, taps = network.apply(variables, x, mutable=['batch_stats', 'moments'])
+    names = protocol.trace(build).batch_norms
+    moments = float_layers.ordered_moments(taps, protocol.trace(build))
+    batch = map(statistics.batch_statistics, moments)
+    return {
+      name: {'mean': s.mean, 'var': jnp.square(s.std)}
+      for name, s in zip(names, batch, strict=True)
+    }
+
+  return {**variables, 'batch_stats': observe(variables)}, prep
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--arch', required=True)
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--num_classes', type=int, default=1000)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  variables, prep = make(args.arch, args.num_classes, args.seed)
+  metadata = {
+    'format': weights.FORMAT,
+    'arch': args.arch,
+    **{
+      key: value if isinstance(value, str) else json.dumps(value)
+      for key, value in dataclasses.asdict(prep).items()
+    },
+  }
+  weights.write_safetensors(
+    args.output, jax.tree.map(np.asarray, variables), metadata
+  )
+
+
+if __name__ == '__main__':
+  main()
