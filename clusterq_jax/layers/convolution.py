@@ -8,7 +8,9 @@ XLA's CPU backend is slow at two things, done here in another way, on CPU only:
   zero-padded, flattened images: 24 ms instead of 94 for 16 channels at 32x32,
   batch 128; the same sums in another order. Where outputs are few, or images
   small, it is one product with all shifts of the output's gradient: 6 ms
-  instead of 27 for 32 channels to 3, and of 13 for 64 to 64 at 8x8.
+  instead of 27 for 32 channels to 3, and of 13 for 64 to 64 at 8x8. That of a
+  1x1 convolution is one product: 4 ms instead of 30 for 144 channels to 24 at
+  56x56, batch 16.
 - depthwise convolutions, forward and backward: shifted multiply-adds.
 
 Other backends keep XLA's own.
@@ -155,7 +157,11 @@ def _gradients(strides, padding, groups, x, kernel, g):
     return dx, lax.platform_dependent(x, g, cpu=fast, default=xla_weight)
   dx = xla_input(g, kernel)
   same = pads == ((side // 2, side // 2),) * 2 and side % 2 == 1
-  if strides == 1 and groups == 1 and same and side > 1:
+  if side == 1 and groups == 1 and same:
+    # The pixels that are read: a matrix product, whatever the strides.
+    x = x[:, ::strides, ::strides]
+    return dx, _column_gradient(side, x, g)
+  if strides == 1 and groups == 1 and same:
     # Measured: one product of many columns where taps would be small ones.
     few = g.shape[-1] <= 4 or (g[0, ..., 0].size <= 64 and g.shape[-1] <= 64)
     by_taps = functools.partial(_weight_gradient, side)
