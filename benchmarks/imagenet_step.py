@@ -38,7 +38,7 @@ def measure(name: str, args, queue) -> None:
     (teacher.variables, jax.random.key(0)), replicated
   )
   state = jax.jit(steps.init, out_shardings=replicated)(key, variables)
-  compiler, seconds = train.Compiler(), []
+  compiler, seconds = train.Compiler(steps.mesh), []
   program = compiler(getattr(steps, name), state, variables, key, donate=True)
   for _ in range(args.steps + 1):  # the first one touches new memory
     start = time.perf_counter()

@@ -212,9 +212,16 @@ def _shifted_sum_transposed(g, kernel, *, strides, pads, shape):
 
 
 def _depthwise_weight_gradient(side, x, g, *, strides, pads):
-  taps = _taps(x, side, strides, pads)
-  rows = [jnp.sum(tap * g, (0, 1, 2)) for tap in taps]
-  return jnp.stack(rows).reshape(side, side, 1, -1)
+  # Image by image: what all taps read stays in the cache.
+  def add(total, image):
+    x, g = image
+    taps = _taps(x[None], side, strides, pads)
+    rows = [jnp.sum(tap * g, (0, 1, 2)) for tap in taps]
+    return total + jnp.stack(rows), None
+
+  zeros = jnp.zeros((side * side, x.shape[-1]), g.dtype)
+  rows, _ = lax.scan(add, zeros, (x, g))
+  return rows.reshape(side, side, 1, -1)
 
 
 # --- Weight gradient ---------------------------------------------------------
