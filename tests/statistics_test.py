@@ -78,7 +78,7 @@ def test_classes_equal_whole_maps_of_their_valid_samples(maps):
 def test_classes_of():
   classes = statistics.classes_of(_LABELS, _LOGITS)
   np.testing.assert_array_equal(classes.labels, _LABELS)
-  np.testing.assert_array_equal(classes.count, [2, 2, 2, 0, 2, 2, 1])
+  np.testing.assert_array_equal(classes.size, [2, 2, 2, 0, 2, 2, 1])
   np.testing.assert_array_equal(classes.share, [0.5, 0.5, 0.5, 0, 0, 0.5, 1])
   valid = [0, 1, 2, 4, 5, 6]
   np.testing.assert_array_equal(
