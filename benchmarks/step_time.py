@@ -124,7 +124,8 @@ class JaxStep:
 
 # -------------------------------------------------------------------- PyTorch
 # Parameters are dicts by their JAX names, in torch's layout. Statistics are
-# tensors [2, ..., C]: mean, std. A process that times JAX never imports torch.
+# tensors [2, ..., C]: mean, std; centroids [3, K, C]: averages over samples of
+# mean, its square, variance. A process that times JAX never imports torch.
 A1, A2, A3, BETA, NOISE = 0.1, 0.9, 0.6, 0.2, (0.5, 1.0)
 EPSILON = 1e-6  # inside square roots
 INPUT_LIMIT = 2.0  # largest magnitude of a pixel under mean 0.5, std 0.25
@@ -277,8 +278,8 @@ class TorchStep:
     self.student = Network(self.params, stats, self.quant)
     self.generator = tensors(arrays, 'state/generator/', trained=True)
     layers = list(tensors(arrays, 'state/centroids/layers/').values())
-    pairs = zip(layers[::2], layers[1::2], strict=True)
-    self.centroids = [torch.stack(pair) for pair in pairs]
+    triples = zip(layers[::3], layers[1::3], layers[2::3], strict=True)
+    self.centroids = [torch.stack(triple) for triple in triples]
     self.seen = tensors(arrays, 'state/centroids/seen')['']
     adam, groups = torch.optim.Adam, [(self.params, 1e-4), (self.quant, 1e-3)]
     self.generator_adam = adam(self.generator.values(), 1e-3, (0.5, 0.999))
@@ -305,24 +306,29 @@ class TorchStep:
       var = var.mean(0) + mean.var(0, correction=0)
       bn += (statistic(mean.mean(0), var) - stored).square().sum(0).mean()
     bn = bn / len(moments)
-    valid = (logits.argmax(1) == labels).to(x.dtype)
-    member = F.one_hot(labels, CLASSES) * valid[:, None]
-    seen, weights = member.sum(0) > 0, member / member.sum(0).clamp(min=1)
+    classes = Classes(labels, logits, x.dtype)
     semantic = list(moments.values())[-len(self.centroids) :]
-    classes = [class_statistic(*m, weights) for m in semantic]
+    found = [classes.statistic(*m) for m in semantic]
+    expected = [classes.expected(c) for c in self.centroids]
     noise = torch.tensor((0.0, 0.0) if self.fixed else NOISE)[:, None, None]
-    noisy = [c + noise * torch.randn_like(c) for c in self.centroids]
+    noisy = [
+      e + noise * torch.randn_like(e)[:, classes.first] for e in expected
+    ]
     noisy = [torch.stack([c[0], c[1].clamp(min=0)]) for c in noisy]
-    sfda = class_loss(classes, self.centroids, seen)
-    diversity = class_loss(classes, noisy, seen)
+    share = classes.share * self.seen[labels]
+    sfda = class_loss(found, expected, share)
+    diversity = class_loss(found, noisy, share)
     loss = inception + A1 * bn + A2 * sfda + A3 * diversity
     self.generator_adam.zero_grad()
     loss.backward()
     self.generator_adam.step()
-    weight = (torch.where(self.seen, BETA, 1.0) * seen)[:, None]
-    for old, new in zip(self.centroids, classes, strict=True):
-      old.lerp_(new.detach(), weight)
-    self.seen |= seen
+    rows = labels[classes.share > 0]  # equal where of one class
+    weight = torch.where(self.seen[rows], BETA, 1.0)[:, None]
+    for old, (mean, var) in zip(self.centroids, semantic, strict=True):
+      raw = torch.stack([mean, mean.square(), var]).detach()
+      new = (classes.together @ raw)[:, classes.share > 0]
+      old[:, rows] = old[:, rows].lerp(new, weight)
+    self.seen[rows] = True
     names = ('inception', 'statistics', 'sfda', 'diversity')
     values = (v.detach() for v in (inception, bn, sfda, diversity))
     terms = {f'generator/{n}': v for n, v in zip(names, values, strict=True)}
@@ -340,17 +346,32 @@ class TorchStep:
     return {'student/cross_entropy': entropy, 'student/distillation': kl}
 
 
-def class_statistic(mean, var, weights):
-  class_mean = weights.T @ mean
-  between = (mean[:, None] - class_mean).square()
-  between = torch.einsum('bk,bkc->kc', weights, between)
-  return statistic(class_mean, weights.T @ var + between)
+class Classes:
+  """As `clusterq_jax.statistics.Classes`."""
+
+  def __init__(self, labels, logits, dtype):
+    self.labels = labels
+    same = (labels[:, None] == labels) & (logits.argmax(1) == labels)
+    count = same.sum(1).clamp(min=1).to(dtype)
+    self.together = same / count[:, None]
+    self.between = (1 - 1 / count)[:, None]
+    self.first = same.to(dtype).argmax(1)
+    self.share = self.together.diagonal()
+
+  def statistic(self, mean, var):
+    own = self.together @ mean
+    return statistic(own, self.together @ (var + (mean - own).square()))
+
+  def expected(self, centroid):
+    mean, square, var = centroid[:, self.labels]
+    between = (square - mean.square()).clamp(min=0)
+    return statistic(mean, var + self.between * between)
 
 
-def class_loss(classes, centroids, seen):
-  pairs = zip(classes, centroids, strict=True)
+def class_loss(found, expected, share):
+  pairs = zip(found, expected, strict=True)
   total = sum((a - b).square().sum(0).mean(-1) for a, b in pairs)
-  return torch.where(seen, total, 0.0).sum() / len(classes)
+  return (share * total).sum() / len(found)
 
 
 # ------------------------------------------------------------------- children

@@ -87,7 +87,7 @@ def expected(
     and `classes.share`, 0 where the centroids have not seen the class.
   """
   centroids = jax.lax.stop_gradient(centroids)
-  between = 1 - 1 / jnp.maximum(classes.count, 1)[:, None]
+  between = 1 - 1 / jnp.maximum(classes.size, 1)[:, None]
 
   def rows(layer: RawMoments) -> Statistics:
     mean, square, var = (a[classes.labels] for a in layer)

@@ -152,12 +152,12 @@ def diversity_loss(
   """
   # One draw for all layers compiles faster than one for each.
   channels = [mean.shape[-1] for mean, _ in expected]
-  draws = jax.random.normal(key, (2, len(first), sum(channels)))[:, first]
-  draws = jnp.split(draws, np.cumsum(channels)[:-1], axis=-1)
+  draws = jax.random.normal(key, (2, len(first), sum(channels)))
+  layers = jnp.split(draws[:, first], np.cumsum(channels)[:-1], axis=-1)
   noisy = []
   for i, (mean, std) in enumerate(expected):
     unit = 1.0 if stored is None else stored[i].std
-    mean += noise[0] * unit * draws[i][0]
-    std += noise[1] * unit * draws[i][1]
+    mean += noise[0] * unit * layers[i][0]
+    std += noise[1] * unit * layers[i][1]
     noisy.append(Statistics(mean, jnp.maximum(std, 0.0)))
   return sfda_loss(classes, noisy, share, reduction)

@@ -61,7 +61,7 @@ class Classes(NamedTuple):
 
   Attributes:
     labels: int [B].
-    count: n, int [B].
+    size: n, int [B].
     together: [B, B]; row i holds 1 / n for the valid samples of i's class.
     first: index of the first valid sample of the class, int [B].
     share: 1 / n for valid samples, else 0, [B]: a sum over samples weighted by
@@ -69,7 +69,7 @@ class Classes(NamedTuple):
   """
 
   labels: jax.Array
-  count: jax.Array
+  size: jax.Array
   together: jax.Array
   first: jax.Array
   share: jax.Array
@@ -84,11 +84,11 @@ def classes_of(labels: jax.Array, logits: jax.Array) -> Classes:
   """
   valid = jnp.argmax(logits, -1) == labels
   same = (labels[:, None] == labels) & valid
-  count = jnp.sum(same, -1)
-  scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+  size = jnp.sum(same, -1)
+  scale = 1 / jnp.maximum(size, 1).astype(jnp.float32)
   return Classes(
     labels=labels,
-    count=count,
+    size=size,
     together=same * scale[:, None],
     first=jnp.argmax(same, -1),
     share=valid * scale,

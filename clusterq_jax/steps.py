@@ -235,7 +235,7 @@ class Steps:
       classes = statistics.classes_of(labels, answers.logits)
       count = count.at[labels].add(classes.share > 0)
       # So weighted, the moving average is the mean over all images so far.
-      beta = classes.count / jnp.maximum(count[labels], 1)
+      beta = classes.size / jnp.maximum(count[labels], 1)
       centroids = centroids_lib.update(
         centroids, moments[self._semantic], classes, beta
       )

@@ -7,27 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clusterq_jax import centroids as centroids_lib
 from clusterq_jax import losses, statistics
 from clusterq_jax.statistics import Statistics
 
 _CHANNELS = (3, 5)
-_SEEN = np.array([True, False, True, True])
+# Four classes with a sample each, of which one does not count.
+_SHARE = np.array([1.0, 0.0, 1.0, 1.0], np.float32)
+_FIRST = np.arange(4)
 _KEY = jax.random.key(0)
 
 
-def _classes(seed, channels=_CHANNELS, num_classes=4):
+def _classes(seed, channels=_CHANNELS, batch=4):
   random = np.random.RandomState(seed)
   return tuple(
     Statistics(
-      random.randn(num_classes, c).astype(np.float32),
-      random.rand(num_classes, c).astype(np.float32),
+      random.randn(batch, c).astype(np.float32),
+      random.rand(batch, c).astype(np.float32),
     )
     for c in channels
   )
 
 
 def _row(layers, row):
-  """[C_l] per layer from [K, C_l] per layer."""
+  """[C_l] per layer from [B, C_l] per layer."""
   return tuple(Statistics(s.mean[row], s.std[row]) for s in layers)
 
 
@@ -147,17 +150,17 @@ def test_sfda():
     for c in range(4)
   ]
   total = per_class[0] + per_class[2] + per_class[3]
-  found = losses.sfda_loss(classes, centroids, _SEEN)
+  found = losses.sfda_loss(classes, centroids, _SHARE)
   np.testing.assert_allclose(found, total, rtol=1e-5)
-  found = losses.sfda_loss(classes, centroids, _SEEN, 'mean')
+  found = losses.sfda_loss(classes, centroids, _SHARE, 'mean')
   np.testing.assert_allclose(found, total / 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize('count', [2, 5])
 def test_equal_layers_cost_what_one_does(count):
   (a,), (b,) = _classes(0, (3,)), _classes(1, (3,))
-  one = losses.sfda_loss([a], [b], _SEEN)
-  many = losses.sfda_loss([a] * count, [b] * count, _SEEN)
+  one = losses.sfda_loss([a], [b], _SHARE)
+  many = losses.sfda_loss([a] * count, [b] * count, _SHARE)
   np.testing.assert_allclose(many, one, rtol=1e-5)
   (a,), (b,) = _row([a], 0), _row([b], 0)
   one = losses.statistics_loss([a], [b])
@@ -165,19 +168,32 @@ def test_equal_layers_cost_what_one_does(count):
   np.testing.assert_allclose(many, one, rtol=1e-5)
   # Without noise diversity is SFDA, so the same holds there.
   quiet = losses.diversity_loss(
-    _KEY, _classes(0), _classes(1), _SEEN, (0.0, 0.0)
+    _KEY, _classes(0), _classes(1), _SHARE, _FIRST, (0.0, 0.0)
   )
   np.testing.assert_allclose(
-    quiet, losses.sfda_loss(_classes(0), _classes(1), _SEEN), rtol=1e-5
+    quiet, losses.sfda_loss(_classes(0), _classes(1), _SHARE), rtol=1e-5
   )
 
 
 def test_layers_must_correspond():
   a, b = _classes(0), _classes(1, (3,))
   with pytest.raises(ValueError, match='shorter'):
-    losses.sfda_loss(a, b, _SEEN)
+    losses.sfda_loss(a, b, _SHARE)
   with pytest.raises(ValueError, match='shorter'):
     losses.statistics_loss(_row(a, 0), _row(b, 0))
+
+
+def test_a_class_counts_once_however_many_samples_it_has():
+  classes, targets = _classes(0), _classes(1)
+  one = [losses.sfda_loss(classes, targets, _SHARE, r) for r in ('sum', 'mean')]
+  copies = np.array([0, 0, 0, 1, 2, 2, 3])
+  repeat = functools.partial(jax.tree.map, lambda a: a[copies])
+  share = _SHARE[copies] / np.array([3, 3, 3, 1, 2, 2, 1])
+  many = [
+    losses.sfda_loss(repeat(classes), repeat(targets), share, r)
+    for r in ('sum', 'mean')
+  ]
+  np.testing.assert_allclose(many, one, rtol=1e-5)
 
 
 def test_sfda_depends_on_the_labels():
@@ -186,29 +202,33 @@ def test_sfda_depends_on_the_labels():
   h += labels.reshape(6, 1, 1, 1)
   moments = statistics.sample_moments(h)
 
-  def of(labels):
-    logits = np.eye(3, dtype=np.float32)[labels]  # the teacher agrees
-    weights, seen = statistics.class_weights(labels, logits, 3)
-    return statistics.class_statistics(moments, weights), seen
+  def of(labels):  # the teacher agrees
+    return statistics.classes_of(labels, np.eye(3, dtype=np.float32)[labels])
 
-  centroids, seen = of(labels)
-  own = losses.sfda_loss([of(labels)[0]], [centroids], seen)
-  np.testing.assert_allclose(own, 0, atol=1e-10)
-  permuted, seen = of(np.array([1, 2, 0])[labels])
-  assert losses.sfda_loss([permuted], [centroids], seen) > 1
+  empty = centroids_lib.empty(3, (2,))
+  centroids = centroids_lib.update(empty, [moments], of(labels), 1.0)
+
+  def loss(labels):
+    classes = of(labels)
+    expected, share = centroids_lib.expected(centroids, classes)
+    found = statistics.class_statistics(moments, classes)
+    return losses.sfda_loss([found], expected, share)
+
+  # Not 0: of two samples, half of the variance between them is expected.
+  assert loss(labels) < 0.1
+  assert loss(np.array([1, 2, 0])[labels]) > 1
   # The same samples, other members: a whole-batch statistic would not notice.
-  shuffled, seen = of(labels[[0, 2, 1, 4, 3, 5]])
-  assert losses.sfda_loss([shuffled], [centroids], seen) > 0.1
+  assert loss(labels[[0, 2, 1, 4, 3, 5]]) > 0.1 + loss(labels)
 
 
 def test_no_class_seen():
-  none = np.zeros(4, bool)
+  none = np.zeros(4, np.float32)
   classes, centroids = _classes(0), _classes(1)
   for reduction in ('sum', 'mean'):
     for function in (
       lambda c, r=reduction: losses.sfda_loss(c, centroids, none, r),
       lambda c, r=reduction: losses.diversity_loss(
-        _KEY, c, centroids, none, (1.0, 1.0), reduction=r
+        _KEY, c, centroids, none, _FIRST, (1.0, 1.0), reduction=r
       ),
     ):
       value, gradient = jax.value_and_grad(function)(classes)
@@ -219,10 +239,12 @@ def test_no_class_seen():
 
 def test_gradients_reach_the_seen_classes_and_never_the_centroids():
   def sfda(classes, centroids):
-    return losses.sfda_loss(classes, centroids, _SEEN)
+    return losses.sfda_loss(classes, centroids, _SHARE)
 
   def diversity(classes, centroids):
-    return losses.diversity_loss(_KEY, classes, centroids, _SEEN, (0.5, 1.0))
+    return losses.diversity_loss(
+      _KEY, classes, centroids, _SHARE, _FIRST, (0.5, 1.0)
+    )
 
   for function in (sfda, diversity):
     to_classes, to_centroids = jax.grad(function, (0, 1))(
@@ -232,7 +254,7 @@ def test_gradients_reach_the_seen_classes_and_never_the_centroids():
       np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
     for leaf in jax.tree.leaves(to_classes):
       np.testing.assert_array_equal(leaf[1], np.zeros_like(leaf[1]))
-      assert np.all(np.abs(leaf[_SEEN]).max(-1) > 1e-3)
+      assert np.all(np.abs(leaf[_SHARE > 0]).max(-1) > 1e-3)
 
 
 # --- Diversity ---------------------------------------------------------------
@@ -243,35 +265,39 @@ def test_gradients_reach_the_seen_classes_and_never_the_centroids():
   static_argnames='noise',
   compiler_options={'xla_backend_optimization_level': 0},  # to compile faster
 )
-def _targets(key, centroids, noise, stored=None):
+def _targets(key, centroids, noise, stored=None, first=_FIRST):
   """The noisy centroids, read off the gradient at class statistics of 0."""
   zeros = jax.tree.map(jnp.zeros_like, centroids)
-  seen = jnp.ones(len(centroids[0].mean), bool)
+  share = jnp.ones(4)
   gradient = jax.grad(
-    lambda c: losses.diversity_loss(key, c, centroids, seen, noise, stored)
+    lambda c: losses.diversity_loss(
+      key, c, centroids, share, first, noise, stored
+    )
   )(zeros)
   return jax.tree.map(lambda g: -g * g.shape[-1] * len(centroids) / 2, gradient)
 
 
 def test_diversity_is_not_sfda():
   same = _classes(0)
-  assert losses.sfda_loss(same, same, _SEEN) == 0
+  assert losses.sfda_loss(same, same, _SHARE) == 0
   value, gradient = jax.value_and_grad(
-    lambda c: losses.diversity_loss(_KEY, c, same, _SEEN, (0.5, 1.0))
+    lambda c: losses.diversity_loss(_KEY, c, same, _SHARE, _FIRST, (0.5, 1.0))
   )(same)
   assert value > 0.1
   for leaf in jax.tree.leaves(gradient):
-    assert np.all(np.abs(leaf[_SEEN]).max(-1) > 1e-3)
+    assert np.all(np.abs(leaf[_SHARE > 0]).max(-1) > 1e-3)
 
 
 def test_diversity_is_sfda_to_the_noisy_centroids():
   classes, centroids = _classes(0), _classes(1)
   targets = _targets(_KEY, centroids, (0.5, 1.0))
-  found = losses.diversity_loss(_KEY, classes, centroids, _SEEN, (0.5, 1.0))
-  expected = losses.sfda_loss(classes, targets, _SEEN)
+  found = losses.diversity_loss(
+    _KEY, classes, centroids, _SHARE, _FIRST, (0.5, 1.0)
+  )
+  expected = losses.sfda_loss(classes, targets, _SHARE)
   np.testing.assert_allclose(found, expected, rtol=1e-4)
   mean = losses.diversity_loss(
-    _KEY, classes, centroids, _SEEN, (0.5, 1.0), reduction='mean'
+    _KEY, classes, centroids, _SHARE, _FIRST, (0.5, 1.0), reduction='mean'
   )
   np.testing.assert_allclose(mean, expected / 3, rtol=1e-4)
 
@@ -298,6 +324,15 @@ def test_noise_has_the_given_scales_and_no_correlations():
   # No class, layer or moment shares its noise with another.
   correlations = np.corrcoef(np.concatenate([means, stds])) - np.eye(16)
   assert np.abs(correlations).max() < 0.15
+
+
+def test_samples_of_a_class_share_its_noise():
+  same = Statistics(np.zeros((4, 9), np.float32), np.full((4, 9), 50.0))
+  targets = _targets(_KEY, (same,), (0.5, 1.0), first=np.array([0, 0, 2, 0]))
+  for array in targets[0]:
+    np.testing.assert_array_equal(array[1], array[0])
+    np.testing.assert_array_equal(array[3], array[0])
+    assert np.abs(array[2] - array[0]).max() > 0.1
 
 
 def test_noise_relative_to_the_stored_std():

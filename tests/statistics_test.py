@@ -12,7 +12,6 @@ _LABELS = np.array([0, 1, 1, 3, 1, 0, 4])
 # The teacher's opinion: sample 4 (of class 1) and 3 (all of class 3) are wrong.
 _PREDICTED = np.array([0, 1, 1, 2, 0, 0, 4])
 _LOGITS = np.eye(_CLASSES)[_PREDICTED].astype(np.float32)
-_SEEN = [True, True, False, False, True]
 
 
 @pytest.fixture
@@ -24,8 +23,8 @@ def maps():
 
 
 def _of_classes(h, labels=_LABELS, logits=_LOGITS):
-  weights, _ = statistics.class_weights(labels, logits, _CLASSES)
-  return statistics.class_statistics(statistics.sample_moments(h), weights)
+  classes = statistics.classes_of(labels, logits)
+  return statistics.class_statistics(statistics.sample_moments(h), classes)
 
 
 def _numpy_statistics(h):
@@ -68,26 +67,34 @@ def test_batch_equals_whole_maps(maps):
 
 def test_classes_equal_whole_maps_of_their_valid_samples(maps):
   found = _of_classes(maps)
-  assert found.mean.shape == found.std.shape == (_CLASSES, 4)
-  for c, members in {0: [0, 5], 1: [1, 2], 4: [6]}.items():
-    mean, std = _numpy_statistics(maps[members])
-    np.testing.assert_allclose(found.mean[c], mean, atol=1e-5)
-    np.testing.assert_allclose(found.std[c], std, atol=1e-5)
+  assert found.mean.shape == found.std.shape == (7, 4)
+  members = {0: [0, 5], 1: [1, 2], 4: [6]}
+  for i in (0, 1, 2, 4, 5, 6):  # 4 itself does not count, its class does
+    mean, std = _numpy_statistics(maps[members[_LABELS[i]]])
+    np.testing.assert_allclose(found.mean[i], mean, atol=1e-5)
+    np.testing.assert_allclose(found.std[i], std, atol=1e-5)
 
 
-def test_class_weights():
-  weights, seen = statistics.class_weights(_LABELS, _LOGITS, _CLASSES)
-  np.testing.assert_array_equal(seen, _SEEN)
-  expected = np.zeros((7, _CLASSES))
-  expected[[0, 5], 0] = expected[[1, 2], 1] = 0.5
-  expected[6, 4] = 1
-  np.testing.assert_array_equal(weights, expected)
+def test_classes_of():
+  classes = statistics.classes_of(_LABELS, _LOGITS)
+  np.testing.assert_array_equal(classes.labels, _LABELS)
+  np.testing.assert_array_equal(classes.size, [2, 2, 2, 0, 2, 2, 1])
+  np.testing.assert_array_equal(classes.share, [0.5, 0.5, 0.5, 0, 0, 0.5, 1])
+  valid = [0, 1, 2, 4, 5, 6]
+  np.testing.assert_array_equal(
+    np.asarray(classes.first)[valid], [0, 1, 1, 1, 0, 6]
+  )
+  together = np.zeros((7, 7))
+  together[np.ix_([0, 5], [0, 5])] = 0.5
+  together[np.ix_([1, 2, 4], [1, 2])] = 0.5
+  together[6, 6] = 1
+  np.testing.assert_array_equal(classes.together, together)
 
 
-def test_class_weights_are_constants():
+def test_classes_are_constants():
   def total(logits):
-    weights, _ = statistics.class_weights(_LABELS, logits, _CLASSES)
-    return jnp.sum(weights * jnp.arange(7.0)[:, None])
+    classes = statistics.classes_of(_LABELS, logits)
+    return jnp.sum(classes.together) + jnp.sum(classes.share)
 
   np.testing.assert_array_equal(jax.grad(total)(_LOGITS), 0 * _LOGITS)
 
@@ -101,9 +108,8 @@ def _sum_of_classes(h):
 
 def test_absent_classes(maps):
   found = _of_classes(maps)
-  for c in (2, 3):
-    np.testing.assert_array_equal(found.mean[c], np.zeros(4))
-    np.testing.assert_allclose(found.std[c], 1e-3, rtol=1e-5)
+  np.testing.assert_array_equal(found.mean[3], np.zeros(4))
+  np.testing.assert_allclose(found.std[3], 1e-3, rtol=1e-5)
   gradient = np.asarray(jax.grad(_sum_of_classes)(maps))
   assert np.all(np.isfinite(gradient))
   # Misclassified samples move nothing, all others do.
@@ -132,6 +138,7 @@ def test_batch_order_does_not_matter(maps):
   moments = statistics.sample_moments
   c = statistics.batch_statistics(moments(maps))
   d = statistics.batch_statistics(moments(maps[order]))
+  a = statistics.Statistics(a.mean[order], a.std[order])
   for left, right in ((a, b), (c, d)):
     np.testing.assert_allclose(left.mean, right.mean, atol=1e-6)
     np.testing.assert_allclose(left.std, right.std, atol=1e-6)

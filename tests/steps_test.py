@@ -257,12 +257,18 @@ def test_student_ranges_freeze(step, state, finished):
 # --- Centroids ---------------------------------------------------------------
 
 
-def test_initial_centroids_differ_between_classes(finished, state):
+@pytest.fixture
+def initial(finished, state):
+  """Centroids as a run begins with, and the keys of their 8 batches of 8."""
   empty = jax.tree.map(jnp.zeros_like, state.centroids)
   state = jax.tree.map(jnp.copy, state.replace(centroids=empty))
-  keys = jax.random.split(finished.key, 8)  # 64 images in batches of 8
+  keys = jax.random.split(finished.key, 8)
   program = finished.programs['initialize_centroids']
-  new = program(state, finished.variables, keys).centroids
+  return program(state, finished.variables, keys).centroids, keys
+
+
+def test_initial_centroids_differ_between_classes(finished, initial):
+  new, _ = initial
   seen = np.flatnonzero(new.seen)
   assert len(seen) >= 3
   assert len(new.layers) == len(finished.steps.graph.batch_norms) - (
@@ -277,6 +283,33 @@ def test_initial_centroids_differ_between_classes(finished, state):
           assert np.abs(values[i] - values[j]).max() > 1e-3
       unseen = np.setdiff1d(np.arange(4), seen)
       assert (values[unseen] == 0).all()
+
+
+def test_initial_centroids_are_means_over_all_images(finished, state, initial):
+  new, keys = initial
+
+  @jax.jit
+  def batch(key):
+    x, labels = finished.steps.generate(state.generator, key)
+    answers, moments = finished.steps.teach(finished.variables, x)
+    return labels, jnp.argmax(answers.logits, -1), moments
+
+  batches = jax.device_get([batch(key) for key in keys])
+  labels, answers, moments = jax.tree.map(
+    lambda *a: np.concatenate(a), *batches
+  )
+  semantic = moments[finished.steps.first_semantic_layer :]
+  for c in range(4):
+    members = (labels == c) & (answers == c)
+    assert new.seen[c] == members.any()
+    for layer, sample in zip(new.layers, semantic, strict=True):
+      mean, var = (a[members].astype(np.float64) for a in sample)
+      expected = mean, mean**2, var
+      for found, array in zip(layer, expected, strict=True):
+        if members.any():
+          np.testing.assert_allclose(
+            found[c], array.mean(0), rtol=1e-3, atol=1e-4
+          )
 
 
 # --- Bookkeeping -------------------------------------------------------------
