@@ -18,7 +18,7 @@ from clusterq_jax.models import registry
 from clusterq_jax.quant import numerics
 
 # Sections that may differ between runs of one workdir.
-FREE_SECTIONS = ('eval', 'export', 'report')
+FREE_SECTIONS = ('dryrun', 'eval', 'export', 'report')
 
 _CHOICES = {
   'compute_dtype': ('float32', 'bfloat16'),
@@ -44,6 +44,7 @@ _AT_LEAST = {
   'eval.batch_size': 1,
   'eval.synthetic_images': 2000,
   'report.log_every': 1,
+  'report.trace_steps': 0,
   'checkpoint_every': 1,
   'generator.lr': 0.0,
   'student.lr': 0.0,
@@ -139,8 +140,12 @@ def defaults() -> ml_collections.ConfigDict:
   config.export = export = ml_collections.ConfigDict()
   export.folder = ''  # a new one; '': WORKDIR/export
 
+  config.dryrun = dryrun = ml_collections.ConfigDict()
+  dryrun.topology = 'v5e:16x16'  # KIND:AxB, see `dryrun.CHIPS`
+
   config.report = report = ml_collections.ConfigDict()
   report.log_every = 100  # steps
+  report.trace_steps = 0  # profiled, into WORKDIR/trace, for XProf
   return config.lock()
 
 

@@ -1,7 +1,7 @@
 """The command line: flags and mode dispatch only.
 
     python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
-        [--mode=quantize|evaluate|export] [--config.field=value ...]
+        [--mode=quantize|evaluate|export|dryrun] [--config.field=value ...]
 
 Where it is one of several processes, each is started with the same command; see
 `sharding.start`.
@@ -15,7 +15,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from clusterq_jax import export, report, sharding, train
+from clusterq_jax import dryrun, export, report, sharding, train
 from clusterq_jax.errors import InputError
 from clusterq_jax.preemption import Preempted
 
@@ -26,7 +26,9 @@ _MODES = {
   'evaluate': train.evaluate,
   'export': export.export,
 }
-_MODE = flags.DEFINE_enum('mode', 'quantize', list(_MODES), 'What to do.')
+_MODE = flags.DEFINE_enum(
+  'mode', 'quantize', [*_MODES, 'dryrun'], 'What to do.'
+)
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed',
   'auto',
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
   try:
     config, workdir = _parse(argv)
+    if _MODE.value == 'dryrun':
+      return dryrun.dryrun(config)
     decision = sharding.start(
       _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
@@ -100,9 +104,10 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
   if rest:
     raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
-  if _CONFIG.value is None or not _WORKDIR.value:
+  needs_workdir = _MODE.value != 'dryrun'
+  if _CONFIG.value is None or needs_workdir and not _WORKDIR.value:
     raise InputError('--config=configs/NAME.py and --workdir=DIR are required')
-  return _CONFIG.value, _WORKDIR.value
+  return _CONFIG.value, _WORKDIR.value or ''
 
 
 if __name__ == '__main__':

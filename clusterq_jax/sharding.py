@@ -8,6 +8,7 @@ the same numbers; the first one alone, the lead, writes files and speaks.
 
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -59,7 +60,9 @@ def start(
     reason = (str(e).strip() or repr(e)).splitlines()[0]
     if mode == 'auto' and reason == 'coordinator_address should be defined.':
       return 'one process: no cluster found; --distributed=on says otherwise'
-    raise InputError(f'--distributed={mode}: {reason}') from e
+    raise InputError(
+      f'--distributed={mode}: {reason}; --distributed=off is for one process'
+    ) from e
   return (
     f'process {jax.process_index()} of {jax.process_count()}, '
     f'{jax.local_device_count()} of {jax.device_count()} devices: '
@@ -85,21 +88,26 @@ def leave(code: int) -> int:
   return code
 
 
-def make_mesh(batch_size: int) -> jax.sharding.Mesh:
-  """The mesh ('data',) over all devices.
+def make_mesh(
+  batch_size: int, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """The mesh ('data',) over all devices, or those given.
 
   Raises:
     InputError: the batch does not divide among the devices.
   """
-  devices = jax.device_count()
-  if batch_size % devices:
+  count = jax.device_count() if devices is None else len(devices)
+  if batch_size % count:
     raise InputError(
-      f'schedule.batch_size={batch_size} does not divide among {devices} '
-      f'devices; expected a multiple of {devices}'
+      f'schedule.batch_size={batch_size} does not divide among {count} '
+      f'devices; expected a multiple of {count}'
     )
   # Auto axes: under Explicit ones, one-hot einsums over a sharded batch raise.
   return jax.make_mesh(
-    (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+    (count,),
+    ('data',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=devices,
   )
 
 

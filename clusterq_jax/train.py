@@ -40,6 +40,8 @@ from clusterq_jax.teacher import Teacher
 
 # Streams of random numbers of a run, folded into its seed.
 _INIT, _TRAIN, _CENTROIDS, _CALIBRATION, _HELD_OUT, _SAMPLES = range(6)
+# Steps of a process that are not profiled: the first ones wait for allocations.
+_BEFORE_TRACE = 3
 
 
 class Compiler:
@@ -298,6 +300,8 @@ def _train(
   calibrate_at = total - s.student_steps - s.joint_steps
   start = done = int(state.step)
   lead = sharding.is_lead()
+  trace_steps = run.config.report.trace_steps if lead else 0
+  traced = range(start + _BEFORE_TRACE, total)[:trace_steps]
   file = folder / 'metrics.jsonl' if lead else pathlib.Path(os.devnull)
   log = metrics_lib.MetricsFile(file, done)
   progress = metrics_lib.Progress(total, done, s.batch_size, silent=not lead)
@@ -334,8 +338,13 @@ def _train(
           state = run.initialize_centroids(state)
         if done == calibrate_at:
           state = run.calibrate_student(state)
+        if traced and done == traced.start:
+          jax.profiler.start_trace(str(folder / 'trace'))
         state, values = program(state, *args)
         done += 1
+        if traced and done == traced.stop:
+          jax.block_until_ready(values)
+          jax.profiler.stop_trace()
         stop = told_to_stop(done) and done < total
         if done % run.config.report.log_every == 0 or done == total:
           # A copy: the state itself is donated to the next step.

@@ -30,6 +30,11 @@ def open_workdir(
     InputError: another run is working there, another training config, or a
       folder that cannot be written.
   """
+  if '://' in workdir:
+    raise InputError(
+      f'--workdir={workdir}: expected a folder; mount the bucket on every '
+      'host, say with gcsfuse, and name the folder where it is mounted'
+    )
   folder = pathlib.Path(workdir)
   if not sharding.is_lead():
     yield folder

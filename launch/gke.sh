@@ -6,8 +6,9 @@
 #   launch/gke.sh [--dry-run] CLUSTER TPU_TYPE WORKLOAD FLAG...
 #
 # TPU_TYPE is, say, v5litepod-16; WORKLOAD names the job. Weights and workdir are
-# gs:// paths. A job that fails is started again and goes on from its last
-# checkpoint, ten times at most. --dry-run prints the command and does nothing.
+# on storage that xpk mounts into every pod (xpk storage attach). A job that fails
+# is started again and goes on from its last checkpoint, ten times at most.
+# --dry-run prints the command and does nothing.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

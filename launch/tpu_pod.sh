@@ -8,7 +8,7 @@
 #   launch/tpu_pod.sh [--dry-run] NAME ZONE FLAG...
 #
 # The last commit is what runs: it is copied to the hosts. Weights and workdir
-# are paths that every host reads: gs://, or a file system they share.
+# are on a file system that every host has mounted.
 # --dry-run prints the commands and does nothing.
 set -euo pipefail
 

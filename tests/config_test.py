@@ -102,6 +102,7 @@ def test_differences_leave_out_what_may_differ(field, value):
   ('field', 'value', 'expected'),
   [
     ('teacher.arch', 'resnet21', 'resnet20'),
+    ('compute_dtype', 'float16', 'float32, bfloat16'),
     ('quant.placement', 'everywhere', 'paper, integer'),
     ('quant.ranges', 'fixed', 'minmax, learned'),
     ('student.optimizer', 'lamb', 'sgd, adam'),

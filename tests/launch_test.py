@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_FLAGS = '--config=configs/a.py', '--workdir=gs://b/my run'
+_FLAGS = '--config=configs/a.py', '--workdir=/mnt/b/my run'
 
 
 def _launch(root, script, *arguments, **env):
@@ -28,7 +28,7 @@ def _launch(root, script, *arguments, **env):
       'local.sh',
       (),
       f"{_ROOT}/.venv/bin/python -m clusterq_jax.main --config=configs/a.py '"
-      "--workdir=gs://b/my run'\n",
+      "--workdir=/mnt/b/my run'\n",
     ),
     (
       'tpu_pod.sh',
@@ -41,7 +41,7 @@ def _launch(root, script, *arguments, **env):
       "'--command=tar -xzf clusterq-jax.tar.gz && cd clusterq-jax && "
       'launch/setup.sh && .venv/bin/python -m pip install -q -e '
       r"'\''.[tpu]'\'' && exec launch/local.sh --config=configs/a.py "
-      r"--workdir=gs://b/my\ run'" + '\n',
+      r"--workdir=/mnt/b/my\ run'" + '\n',
     ),
     (
       'slurm.sh',
@@ -49,7 +49,7 @@ def _launch(root, script, *arguments, **env):
       f'sbatch --job-name=clusterq-jax --chdir={_ROOT} --nodes=2 '
       '--ntasks-per-node=8 --gpus-per-node=8 --signal=TERM@120 --requeue '
       "--open-mode=append '--wrap=exec srun --kill-on-bad-exit=1 "
-      r"launch/local.sh --config=configs/a.py --workdir=gs://b/my\ run'" + '\n',
+      r"launch/local.sh --config=configs/a.py --workdir=/mnt/b/my\ run'" + '\n',
     ),
     (
       'gke.sh',
@@ -59,7 +59,7 @@ def _launch(root, script, *arguments, **env):
       f"--script-dir={_ROOT} --max-restarts=10 '--command=rm -rf .venv && "
       'launch/setup.sh && .venv/bin/python -m pip install -q -e '
       r"'\''.[tpu]'\'' && exec launch/local.sh --config=configs/a.py "
-      r"--workdir=gs://b/my\ run'" + '\n',
+      r"--workdir=/mnt/b/my\ run'" + '\n',
     ),
   ],
 )
@@ -134,6 +134,6 @@ def test_slurm_starts_every_task(tmp_path):
   assert done.returncode == 0, done.stderr
   assert sorted(done.stdout.splitlines()) == [
     f'<{i}/2></cache><-m><clusterq_jax.main><--config=configs/a.py>'
-    '<--workdir=gs://b/my run>'
+    '<--workdir=/mnt/b/my run>'
     for i in range(2)
   ]

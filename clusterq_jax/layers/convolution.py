@@ -105,23 +105,26 @@ def conv2d(
     the dtype of x.
   """
   pads = explicit(x, kernel.shape[0], strides, padding)
-  images, weights = _rounded(dtype, x, kernel)
-  return convolve(images, weights, strides, pads, groups).astype(x.dtype)
+  y = convolve(
+    _rounded(x, dtype), _rounded(kernel, dtype), strides, pads, groups
+  )
+  return y.astype(x.dtype)
 
 
-def _rounded(dtype: DType, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  return arrays if dtype is None else tuple(a.astype(dtype) for a in arrays)
+def _rounded(a: jax.Array, dtype: DType) -> jax.Array:
+  return a if dtype is None else a.astype(dtype)
 
 
 def _forward(x, kernel, strides, padding, groups, dtype):
   y = conv2d(x, kernel, strides, padding, groups, dtype)
-  return y, (*_rounded(dtype, x, kernel), jnp.zeros((), x.dtype))
+  like = jnp.zeros((), x.dtype)
+  return y, (_rounded(x, dtype), _rounded(kernel, dtype), like)
 
 
 def _backward(strides, padding, groups, dtype, residuals, g):
   x, kernel, like = residuals
   gradients = _gradients(
-    strides, padding, groups, x, kernel, *_rounded(dtype, g)
+    strides, padding, groups, x, kernel, _rounded(g, dtype)
   )
   return tuple(a.astype(like.dtype) for a in gradients)
 

@@ -145,6 +145,12 @@ def test_unwritable_workdir(command, tiny_config_file, tmp_path):
   assert file.read_text() == 'precious'
 
 
+def test_workdir_in_a_bucket(command, tiny_config_file):
+  outcome = command(f'--config={tiny_config_file}', '--workdir=gs://bucket/run')
+  _refused(outcome, 'gs://bucket/run', 'gcsfuse')
+  assert not os.path.exists('gs:')
+
+
 def test_damaged_stored_config(run, tmp_path):
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{')

@@ -48,6 +48,10 @@ def _found_by(how, port, i):
     return ('-c', _ON_GKE), variables | {
       'TPU_WORKER_HOSTNAMES': 'localhost,localhost',
       'TPU_WORKER_ID': str(i),
+      'MEGASCALE_COORDINATOR_ADDRESS': 'localhost',
+      'MEGASCALE_NUM_SLICES': '1',
+      'MEGASCALE_SLICE_ID': '0',
+      'TPU_SKIP_MDS_QUERY': '1',  # there is no metadata server here
     }
   return ('-m', 'clusterq_jax.main'), variables | {
     'SLURM_JOB_ID': '7',

@@ -108,7 +108,9 @@ def test_sigterm_and_a_second_run(
 ):
   workdir = tmp_path / 'run'
   flags = f'--config={tiny_config_file}', f'--workdir={workdir}'
-  process = spawn('-m', 'clusterq_jax.main', *flags)
+  process = spawn(
+    '-m', 'clusterq_jax.main', *flags, '--config.report.trace_steps=1'
+  )
   in_generator_phase = _moments(workdir)['in the generator phase']
   while process.poll() is None and not in_generator_phase():
     time.sleep(0.001)
@@ -130,6 +132,7 @@ def test_sigterm_and_a_second_run(
   assert f'stopped by SIGTERM after step {step} of 10' in said
   assert 'the same command goes on from there' in said
   assert not (workdir / 'student.safetensors').exists()
+  assert list((workdir / 'trace').rglob('*.xplane.pb'))  # of step 4
 
   code, _, error = command(*flags)
   assert code == 0, error

@@ -1,0 +1,252 @@
+"""What a TPU pod would do: every step compiled for it, without a TPU.
+
+    python -m clusterq_jax.main --mode=dryrun --config=configs/NAME.py \
+        --config.dryrun.topology=v5e:16x16
+
+libtpu compiles for chips that are not there. Memory, FLOPs and bytes are the
+compiler's own figures for one device. The time is a roofline: the longest of
+arithmetic at the peak and of memory traffic at full bandwidth, and after it the
+collectives, none of it hidden. A real step is slower; it has not been compared
+with one. Left out: the start of the centroids, which is the forward half of a
+generator step, in a loop.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import ml_collections
+
+from clusterq_jax import config as config_lib
+from clusterq_jax import experiment, metrics, sharding, train
+from clusterq_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU chip; https://jax-ml.github.io/scaling-book/tpus.
+
+  Attributes:
+    hbm: bytes.
+    flops: per second, bfloat16.
+    bandwidth: of the HBM, bytes per second.
+    link: of the interconnect, bytes per second, one link, one way.
+  """
+
+  hbm: float
+  flops: float
+  bandwidth: float
+  link: float
+
+
+CHIPS = {
+  'v4': Chip(32 * 2**30, 2.75e14, 1.2e12, 4.5e10),
+  'v5e': Chip(16 * 2**30, 1.97e14, 8.1e11, 4.5e10),
+  'v5p': Chip(95 * 2**30, 4.59e14, 2.8e12, 9.0e10),
+  'v6e': Chip(32 * 2**30, 9.20e14, 1.6e12, 9.0e10),
+}
+_HOP_S = 1e-6  # what one hop between neighbours takes at least
+_COLLECTIVE = re.compile(
+  r' = (\(.*?\)|\S+) '
+  r'(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
+  r'(?:-start)?\('
+)
+_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+))\[([\d,]*)\]')
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """chips: along each axis; devices: how many JAX sees (v4: two per chip)."""
+
+  kind: str
+  chips: tuple[int, ...]
+  devices: list[Any]
+
+  @property
+  def device(self) -> Chip:
+    """A device's share of its chip."""
+    share = math.prod(self.chips) / len(self.devices)
+    chip = CHIPS[self.kind]
+    return Chip(
+      chip.hbm * share,
+      chip.flops * share,
+      chip.bandwidth * share,
+      chip.link * share,
+    )
+
+  def collective_s(self, count: int, size: float) -> float:
+    """Seconds for `count` collectives that move `size` bytes together.
+
+    As all-reduces over a torus: every byte crosses twice, both ways on every
+    axis at once.
+    """
+    if len(self.devices) == 1:
+      return 0.0
+    axes = [n for n in self.chips if n > 1] or [1]
+    hops = count * _HOP_S * sum(n / 2 for n in axes)
+    return max(hops, size / (self.device.link * len(axes)))
+
+
+def topology(name: str) -> Topology:
+  """The topology 'KIND:AxB' or 'KIND:AxBxC'.
+
+  Raises:
+    InputError: no such topology, or libtpu is not installed.
+  """
+  kind, _, shape = name.partition(':')
+  if kind not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
+    raise InputError(
+      f'config.dryrun.topology={name!r}: expected one of {", ".join(CHIPS)}, '
+      "and a shape: 'v5e:16x16', 'v5p:4x4x4'"
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise InputError(
+      "--mode=dryrun needs the package libtpu: pip install 'clusterq-jax"
+      "[dryrun]', in an environment of its own"
+    )
+  # The rest runs on this machine's CPU, and nobody is asked for a TPU.
+  jax.config.update('jax_platforms', 'cpu')
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
+
+  # Imported late: not part of jax itself.
+  from jax.experimental import topologies
+
+  try:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=name)
+  except Exception as e:  # libtpu raises many kinds
+    reason = (str(e).strip() or repr(e)).splitlines()[0]
+    raise InputError(f'config.dryrun.topology={name!r}: {reason}') from e
+  return Topology(kind, tuple(map(int, shape.split('x'))), found.devices)
+
+
+def collectives(program: str) -> dict[str, tuple[int, int]]:
+  """Of a compiled program's text: how many there are, and bytes, by kind.
+
+  Those in a loop count once.
+  """
+  counts: Counter[str] = Counter()
+  sizes: Counter[str] = Counter()
+  for shape, kind in _COLLECTIVE.findall(program):
+    counts[kind] += 1
+    for _, bits, dimensions in _ARRAY.findall(shape):
+      elements = math.prod(map(int, dimensions.split(','))) if dimensions else 1
+      sizes[kind] += elements * max(int(bits or 8) // 8, 1)
+  return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}
+
+
+def dryrun(config: ml_collections.ConfigDict) -> int:
+  """Compiles every step of a config for a pod and prints what it needs.
+
+  Args:
+    config: the run's; `config.dryrun.topology` is the pod.
+
+  Returns:
+    The exit code: 0, or 1 where a step does not fit.
+
+  Raises:
+    InputError: bad config, weights or topology; a batch that does not divide.
+  """
+  config_lib.validate(config)
+  pod = topology(config.dryrun.topology)
+  teacher = experiment.load_teacher(config)
+  mesh = sharding.make_mesh(config.schedule.batch_size, pod.devices)
+  steps = dataclasses.replace(experiment.make_steps(config, teacher), mesh=mesh)
+  everywhere = sharding.replicated(mesh)
+
+  def abstract(tree):
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+      tree,
+    )
+
+  key = abstract(jax.eval_shape(lambda: jax.random.key(0)))
+  variables = abstract(teacher.variables)
+  state = abstract(jax.eval_shape(steps.init, key, variables))
+  s = config.schedule
+  print(
+    f'{config.dryrun.topology}: {len(pod.devices)} devices '
+    f'({pod.devices[0].device_kind}), batch {s.batch_size}. Per device:'
+  )
+  fits = True
+  for length, step in (
+    (1, steps.calibrate_student),
+    (s.warmup_steps, steps.warmup_step),
+    (s.generator_steps, steps.generator_step),
+    (s.joint_steps, steps.joint_step),
+    (s.student_steps, steps.student_step),
+  ):
+    if not length:
+      continue
+    try:
+      compiled = train.Compiler(mesh)(step, state, variables, key, donate=True)
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      fits = False
+      print(f'{step.__name__}: does not fit: {str(e).strip().splitlines()[0]}')
+      continue
+    rows, fit = _rows(pod, compiled, length)
+    fits &= fit
+    print(f'{step.__name__}\n{metrics.table(rows)}')
+  return 0 if fits else 1
+
+
+def _rows(
+  pod: Topology, compiled: jax.stages.Compiled, length: int
+) -> tuple[list[tuple[str, str]], bool]:
+  """What a program needs, and whether the device has it; length: in steps."""
+  device = pod.device
+  memory: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis()
+  # Donated arguments and results share their memory.
+  needed = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
+  found = collectives(compiled.as_text() or '')
+  compute = cost['flops'] / device.flops
+  traffic = cost['bytes accessed'] / device.bandwidth
+  network = pod.collective_s(
+    sum(count for count, _ in found.values()),
+    sum(size for _, size in found.values()),
+  )
+  total = max(compute, traffic) + network
+  fit = needed <= device.hbm
+  rows = [
+    (
+      'memory',
+      f'{needed / 1e6:.1f} MB of {device.hbm / 1e6:.0f} MB: '
+      f'{"fits" if fit else "does NOT fit"} (arguments '
+      f'{memory.argument_size_in_bytes / 1e6:.1f}, temporaries '
+      f'{memory.temp_size_in_bytes / 1e6:.1f}, code '
+      f'{memory.generated_code_size_in_bytes / 1e6:.1f})',
+    ),
+    (
+      'work',
+      f'{cost["flops"] / 1e9:.2f} GFLOP, {cost["bytes accessed"] / 1e6:.1f} MB '
+      'to and from memory',
+    ),
+  ]
+  rows += [
+    (kind, f'{size / 1e6:.3f} MB in {count}')
+    for kind, (count, size) in found.items()
+  ]
+  rows.append(
+    (
+      'step',
+      f'{1e3 * total:.3f} ms at the roofline (arithmetic {1e3 * compute:.3f}, '
+      f'memory {1e3 * traffic:.3f}, network {1e3 * network:.3f}); '
+      f'{length} steps {length * total:.0f} s',
+    )
+  )
+  return rows, fit
