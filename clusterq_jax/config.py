@@ -163,10 +163,10 @@ def fast() -> ml_collections.ConfigDict:
   """The short recipe: minutes on two CPU cores.
 
   Departs from the paper: a slim generator with class-conditional BatchNorm,
-  which learns what was asked of it several times faster; the student rests until the
-  generator is done, then learns from its recent images; learned quantizer
-  steps from the MSE-optimal clip; Adam with a cosine; distillation of logits
-  and features, on mixed images too, without cross-entropy.
+  which learns what is asked of it several times faster; the student rests until
+  the generator is done, then learns from its recent images, mixed ones too;
+  learned quantizer steps from the MSE-optimal clip; Adam with a cosine;
+  distillation of logits and features without cross-entropy.
   """
   config = defaults()
   config.checkpoint_every = 100
