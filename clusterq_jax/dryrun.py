@@ -113,6 +113,7 @@ def topology(name: str) -> Topology:
   jax.config.update('jax_platforms', 'cpu')
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # two dry runs at once
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
 
   # Imported late: not part of jax itself.
