@@ -54,7 +54,8 @@ _HOP_S = 1e-6  # what one hop between neighbours takes at least
 _COLLECTIVE = re.compile(
   r' = (\(.*?\)|\S+) '
   r'(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
-  r'(?:-start)?\('
+  r'(?:-start)?\(.*?(?:channel_id=(\d+)|$)',
+  re.MULTILINE,
 )
 _ARRAY = re.compile(r'\b(pred|[a-z]+(\d+))\[([\d,]*)\]')
 
@@ -134,7 +135,12 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
   """
   counts: Counter[str] = Counter()
   sizes: Counter[str] = Counter()
-  for shape, kind in _COLLECTIVE.findall(program):
+  channels = set()
+  for shape, kind, channel in _COLLECTIVE.findall(program):
+    if channel in channels:  # one that runs beside others is written in each
+      continue
+    if channel:
+      channels.add(channel)
     counts[kind] += 1
     for _, bits, dimensions in _ARRAY.findall(shape):
       elements = math.prod(map(int, dimensions.split(','))) if dimensions else 1
