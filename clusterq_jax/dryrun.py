@@ -54,7 +54,8 @@ _HOP_S = 1e-6  # what one hop between neighbours takes at least
 _COLLECTIVE = re.compile(
   r' = (\(.*?\)|\S+) '
   r'(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
-  r'(?:-start)?\('
+  r'(?:-start)?\(.*?(?:channel_id=(\d+)|$)',
+  re.MULTILINE,
 )
 _ARRAY = re.compile(r'\b(pred|[a-z]+(\d+))\[([\d,]*)\]')
 
@@ -113,6 +114,7 @@ def topology(name: str) -> Topology:
   jax.config.update('jax_platforms', 'cpu')
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # two dry runs at once
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
 
   # Imported late: not part of jax itself.
@@ -133,7 +135,12 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
   """
   counts: Counter[str] = Counter()
   sizes: Counter[str] = Counter()
-  for shape, kind in _COLLECTIVE.findall(program):
+  channels = set()
+  for shape, kind, channel in _COLLECTIVE.findall(program):
+    if channel in channels:  # one that runs beside others is written in each
+      continue
+    if channel:
+      channels.add(channel)
     counts[kind] += 1
     for _, bits, dimensions in _ARRAY.findall(shape):
       elements = math.prod(map(int, dimensions.split(','))) if dimensions else 1

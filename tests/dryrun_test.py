@@ -14,7 +14,8 @@ def test_collectives():
   %all-reduce.1 = f32[64,3]{1,0:T(4,128)} all-reduce(%a), replica_groups={}
   %all-reduce.2 = (f32[8]{0:T(128)}, bf16[2,2]{1,0}) all-reduce(%b, %c)
   %x = f32[99]{0} add(%all-reduce.1, %all-reduce.1)
-  ROOT %g = pred[16]{0} all-gather(%d), dimensions={0}
+  ROOT %g = pred[16]{0} all-gather(%d), channel_id=7, dimensions={0}
+  ROOT %h = pred[16]{0} all-gather(%d), channel_id=7, dimensions={0}
   %s = u8[4]{0} all-reduce-start(%e)
   %t = u8[4]{0} all-reduce-done(%s)
   %scalar = f32[]{:T(128)} all-reduce(%f)

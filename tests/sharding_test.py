@@ -116,7 +116,7 @@ def test_eight_devices_give_the_losses_of_one(
       state, finished.variables, key
     )
     expected.append(metrics)
-  out, error = process.communicate(timeout=300)
+  out, error = process.communicate(timeout=600)
   assert process.returncode == 0, error
   losses = json.loads(out)
   _assert_close(losses['float32 on 8'], expected)
