@@ -41,6 +41,7 @@ _AT_LEAST = {
   'schedule.range_steps': 0,
   'centroids.images_per_class': 1,
   'generator.latent_dim': 1,
+  'generator.prototypes': 0,
   'eval.batch_size': 1,
   'eval.synthetic_images': 2000,
   'report.log_every': 1,
@@ -84,6 +85,7 @@ def defaults() -> ml_collections.ConfigDict:
   generator.latent_dim = 100
   generator.channels = (128, 128, 64)
   generator.conditional = False  # class-conditional BatchNorm; ImageNet
+  generator.prototypes = 0  # embeddings per class beside z; not in the paper
   generator.lr = 1e-3
   generator.betas = (0.5, 0.999)
   generator.workdir = ''  # of a run whose generator to take, see `reuse`
@@ -162,9 +164,9 @@ def imagenet() -> ml_collections.ConfigDict:
 def fast() -> ml_collections.ConfigDict:
   """The short recipe: minutes on two CPU cores.
 
-  Departs from the paper: a slim generator with class-conditional BatchNorm,
-  which learns what is asked of it several times faster; the student rests until
-  the generator is done, then learns from its recent images, mixed ones too;
+  Departs from the paper: a slim generator with prototypes of each class, which
+  learns what is asked of it many times faster; the student rests until the
+  generator is done, then learns from its recent images, mixed ones too;
   learned quantizer steps from the MSE-optimal clip; Adam with a cosine;
   distillation of logits and features without cross-entropy.
   """
@@ -176,7 +178,7 @@ def fast() -> ml_collections.ConfigDict:
   config.student.optimizer = 'adam'
   config.student.lr = 1.5e-4
   config.student.quant_lr = 5e-4
-  config.generator.conditional = True
+  config.generator.prototypes = 8
   config.augment.mixup = 0.5
   config.loss.statistics = 3.0
   config.loss.student_cross_entropy = 0.0
@@ -185,8 +187,8 @@ def fast() -> ml_collections.ConfigDict:
   config.loss.noise_relative = True
   config.loss.class_reduction = 'mean'
   config.schedule.batch_size = 64
-  config.schedule.warmup_steps = 400
-  config.schedule.generator_steps = 900
+  config.schedule.warmup_steps = 200
+  config.schedule.generator_steps = 400
   config.schedule.joint_steps = 0
   config.schedule.student_steps = 400
   config.schedule.pool_batches = 200

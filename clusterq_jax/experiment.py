@@ -86,6 +86,7 @@ def make_steps(
       latent_dim=config.generator.latent_dim,
       channels=tuple(config.generator.channels),
       conditional=config.generator.conditional,
+      prototypes=config.generator.prototypes,
       dtype=dtype,
     ),
     preprocessing=teacher.preprocessing,

@@ -4,7 +4,9 @@ For small images: embedding(y) * z -> dense -> H/4 x W/4 -> BN -> x2 -> conv,
 BN, leaky ReLU -> x2 -> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain
 and bias, which gives the images the scale of the teacher's normalised input.
 For ImageNet: z -> dense directly, and BatchNorms with a gain and a bias per
-class.
+class. Where a product of two random vectors has to tell 100 classes apart, it
+takes thousands of steps; with prototypes, some embeddings per class that stand
+beside z, a few hundred do (not in the paper).
 More channels than three mean more doublings, from a smaller start.
 
 BatchNorm always uses the statistics of the batch, in training and after it, so
@@ -106,6 +108,8 @@ class Generator(nn.Module):
     channels: of the feature maps, each but the first at twice the height and
       width of the one before; (128, 128, 64) is the paper's.
     conditional: BatchNorm instead of the embedding tells the class.
+    prototypes: embeddings per class, beside z instead of in a product with it;
+      z chooses one. 0: the paper's ways.
     dtype: what convolutions compute in, see `convolution.conv2d`.
   """
 
@@ -114,6 +118,7 @@ class Generator(nn.Module):
   latent_dim: int = 100
   channels: tuple[int, ...] = (128, 128, 64)
   conditional: bool = False
+  prototypes: int = 0
   dtype: convolution.DType = None
 
   @nn.compact
@@ -122,13 +127,16 @@ class Generator(nn.Module):
     height, width, depth = self.shape
     scale = 2 ** (len(self.channels) - 1)
     h, w = -(-height // scale), -(-width // scale)
-    if not self.conditional:
-      z *= nn.Embed(
-        self.num_classes,
-        self.latent_dim,
-        embedding_init=nn.initializers.normal(1.0),
-        name='embedding',
-      )(labels)
+    if self.prototypes:
+      # Equally likely, by the normal distribution of z.
+      uniform = jax.scipy.special.ndtr(z[:, 0])
+      chosen = jnp.minimum(
+        (uniform * self.prototypes).astype(int), self.prototypes - 1
+      )
+      own = self._embedding(self.prototypes)(labels * self.prototypes + chosen)
+      z = jnp.concatenate([z, own], -1)
+    elif not self.conditional:
+      z *= self._embedding(1)(labels)
     classes = self.num_classes if self.conditional else 1
     dense = nn.Dense(h * w * self.channels[0], kernel_init=_INIT, name='dense')
     x = dense(z).reshape(-1, h, w, self.channels[0])
@@ -139,3 +147,11 @@ class Generator(nn.Module):
     x = _Conv(depth, dtype=self.dtype, name='conv_out')(x)
     x = jnp.tanh(x + self.param('bias_out', nn.initializers.zeros, (depth,)))
     return _BatchNorm(classes=0, name='bn_out')(x[:, :height, :width])
+
+  def _embedding(self, per_class: int) -> nn.Module:
+    return nn.Embed(
+      self.num_classes * per_class,
+      self.latent_dim,
+      embedding_init=nn.initializers.normal(1.0),
+      name='embedding',
+    )

@@ -17,9 +17,9 @@ _jit = functools.partial(
 _LABELS = np.array([0, 1, 2, 3, 0, 1])
 
 
-def _generator(shape, conditional=False):
+def _generator(shape, conditional=False, prototypes=0):
   channels = (8, 8, 8, 4) if conditional else (8, 8, 4)
-  return Generator(shape, _CLASSES, _LATENT, channels, conditional)
+  return Generator(shape, _CLASSES, _LATENT, channels, conditional, prototypes)
 
 
 def _noise(seed=0):
@@ -27,9 +27,9 @@ def _noise(seed=0):
 
 
 @functools.cache
-def _made(shape, conditional=False):
+def _made(shape, conditional=False, prototypes=0):
   """Variables, and the compiled generator."""
-  generator = _generator(shape, conditional)
+  generator = _generator(shape, conditional, prototypes)
   shapes = jax.eval_shape(generator.init, jax.random.key(0), _noise(), _LABELS)
   random = np.random.RandomState(0)  # compiling `init` takes seconds
   variables = jax.tree.map(
@@ -67,9 +67,11 @@ def test_deterministic_and_without_order():
   np.testing.assert_allclose(y, x[order], atol=1e-4)
 
 
-@pytest.mark.parametrize('conditional', [False, True])
-def test_labels_and_noise_decide_the_image(conditional):
-  variables, apply = _made((28, 28, 1), conditional)
+@pytest.mark.parametrize(
+  ('conditional', 'prototypes'), [(False, 0), (True, 0), (False, 3)]
+)
+def test_labels_and_noise_decide_the_image(conditional, prototypes):
+  variables, apply = _made((28, 28, 1), conditional, prototypes)
   z = _noise()
   z[1] = z[0]
   # Samples 0 and 1 share noise; sample 4 shares the label of 0 only.
@@ -99,3 +101,23 @@ def test_every_parameter_has_a_gradient(conditional):
   for path, leaf in jax.tree_util.tree_leaves_with_path(found):
     assert np.all(np.isfinite(leaf)), path
     assert np.abs(leaf).max() > 1e-3, path
+
+
+def test_noise_chooses_among_the_prototypes_of_the_class():
+  variables, _ = _made((28, 28, 1), prototypes=3)
+  generator = _generator((28, 28, 1), prototypes=3)
+  z = _noise()
+  z[:, 0] = [-9, -0.5, -0.4, 0.4, 0.5, 9]  # thirds end at -0.43 and 0.43
+
+  @_jit
+  def used(variables):
+    # Rows of the embedding that take part are those with a gradient.
+    def loss(params):
+      x = generator.apply({'params': params}, z, np.full(_BATCH, 2))
+      return jnp.sum(x * np.random.RandomState(1).randn(*x.shape))
+
+    return jax.grad(loss)(variables['params'])['embedding']['embedding']
+
+  rows = np.abs(used(variables)).max(1)
+  assert rows.shape == (3 * _CLASSES,)
+  np.testing.assert_array_equal(rows > 1e-6, np.isin(np.arange(12), [6, 7, 8]))
