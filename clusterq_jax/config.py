@@ -190,7 +190,7 @@ def fast() -> ml_collections.ConfigDict:
   config.schedule.warmup_steps = 200
   config.schedule.generator_steps = 400
   config.schedule.joint_steps = 0
-  config.schedule.student_steps = 400
+  config.schedule.student_steps = 500
   config.schedule.pool_batches = 200
   config.schedule.lr_decay = 'cosine'
   config.report.log_every = 25
