@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
 from clusterq_jax.weights import files, layouts
 
 _STATS = ('weight', 'bias', 'running_mean', 'running_var')
@@ -319,7 +320,9 @@ def test_transposed_kernels(weights, name):
     layout = layouts.LAYOUTS[name][0]
     state = {
       layout.key(layer, leaf): np.ones(layout.to_source(shape), np.float32)
-      for layer in layouts._layers(name, 3, num_classes=5)
+      for layer in layouts._layers(
+        registry.architecture(name), 3, num_classes=5
+      )
       for leaf, shape in layer.shapes.items()
     }
   layouts.load(_save(weights, state), name)
