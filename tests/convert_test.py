@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 from clusterq_jax import convert, teacher, weights
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.models import registry
-from clusterq_jax.weights import layouts
+from clusterq_jax.weights import fitting, layouts
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def run(capsys):
 def _state(arch, layout, classes=5, **options):
   """Random tensors under the names that a layout gives them."""
   architecture = registry.architecture(arch)
-  layers = layouts._layers(architecture, 3, num_classes=classes, **options)
+  layers = fitting.layers_of(architecture, 3, num_classes=classes, **options)
   (layout,) = (
     found
     for found in layouts.LAYOUTS[architecture.family]

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
-from clusterq_jax.weights import files, layouts
+from clusterq_jax.weights import files, fitting, layouts
 
 _STATS = ('weight', 'bias', 'running_mean', 'running_var')
 
@@ -112,7 +112,7 @@ def test_real_resnet20(data_dir):
   path = data_dir / 'weights' / 'resnet20-12fca82f.th'
   if not path.is_file():
     pytest.skip(f'no {path}')
-  loaded = layouts.load(path, 'resnet20')
+  loaded = fitting.load(path, 'resnet20')
   _check_real_resnet20(loaded)
   state = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
   np.testing.assert_array_equal(
@@ -127,7 +127,7 @@ def test_real_resnet20(data_dir):
 
 def test_every_leaf_comes_from_its_source(weights):
   state = _akamaster(conv_shortcut=True)
-  loaded = layouts.load(_save(weights, state), 'resnet20')
+  loaded = fitting.load(_save(weights, state), 'resnet20')
   params, stats = loaded.variables['params'], loaded.variables['batch_stats']
   pairs = {
     'stem': ('conv1', 'bn1'),
@@ -175,8 +175,8 @@ def test_kernel_order_by_hand():
 @pytest.mark.parametrize('conv_shortcut', [False, True])
 def test_pytorchcv_holds_the_same_tensors(tmp_path, conv_shortcut):
   state = _akamaster(5, 1, 7, conv_shortcut)
-  ours = layouts.load(_save(tmp_path / 'a.safetensors', state), 'resnet32')
-  theirs = layouts.load(
+  ours = fitting.load(_save(tmp_path / 'a.safetensors', state), 'resnet32')
+  theirs = fitting.load(
     _save(tmp_path / 'b.safetensors', _pytorchcv(state)), 'resnet32'
   )
   assert (ours.layout, theirs.layout) == ('akamaster', 'pytorchcv')
@@ -196,13 +196,13 @@ def test_pytorchcv_holds_the_same_tensors(tmp_path, conv_shortcut):
 
 
 def test_own_format_round_trip(tmp_path, weights):
-  source = layouts.load(
+  source = fitting.load(
     _save(tmp_path / 'a.safetensors', _akamaster(conv_shortcut=True)),
     'resnet20',
   )
-  metadata = {'format': layouts.FORMAT, 'arch': 'resnet20', 'mean': '0.5'}
+  metadata = {'format': fitting.FORMAT, 'arch': 'resnet20', 'mean': '0.5'}
   files.write_safetensors(weights, source.variables, metadata)
-  loaded = layouts.load(weights, 'resnet20')
+  loaded = fitting.load(weights, 'resnet20')
   assert loaded.layout == 'clusterq'
   assert loaded.metadata == metadata
   assert loaded.options == source.options
@@ -213,30 +213,30 @@ def test_own_format_round_trip(tmp_path, weights):
         found = loaded.variables[collection][name][leaf]
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, value)
-  message = _refusal(layouts.load, weights, 'resnet32')
+  message = _refusal(fitting.load, weights, 'resnet32')
   assert "metadata arch is 'resnet20', expected 'resnet32'" in message
   assert 'set config.teacher.arch=resnet20' in message
   files.write_safetensors(weights, source.variables, {'arch': 'resnet20'})
-  message = _refusal(layouts.load, weights, 'resnet20')
-  assert layouts.FORMAT in message
+  message = _refusal(fitting.load, weights, 'resnet20')
+  assert fitting.FORMAT in message
 
 
 def test_unknown_arch(weights):
   with pytest.raises(InputError, match="'resnet51'.*resnet110"):
-    layouts.load(weights, 'resnet51')
+    fitting.load(weights, 'resnet51')
 
 
 @pytest.mark.parametrize('rename', [dict, _pytorchcv])
 def test_another_depth_is_named(weights, rename):
   path = _save(weights, rename(_akamaster()))
-  message = _refusal(layouts.load, path, 'resnet32')
+  message = _refusal(fitting.load, path, 'resnet32')
   assert '60 missing' in message
   assert ', 0 unexpected, 0 of another shape' in message
   assert message.endswith(
     'the file holds a resnet20; set config.teacher.arch=resnet20'
   )
   _save(weights, rename(_akamaster(2)))
-  message = _refusal(layouts.load, path, 'resnet20')
+  message = _refusal(fitting.load, path, 'resnet20')
   assert message.startswith(f'{path} does not fit resnet20: ')
   assert 'set config' not in message
 
@@ -246,7 +246,7 @@ def test_differences_are_counted_and_named(weights):
   del state['layer3.0.conv2.weight']
   state |= {f'extra{n}.weight': np.ones(1, np.float32) for n in range(7)}
   state['layer1.2.bn1.bias'] = np.ones(17, np.float32)
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert '1 missing (layer3.0.conv2.weight)' in message
   assert '7 unexpected (extra0.weight, ' in message
   assert 'extra4.weight, ...)' in message
@@ -268,7 +268,7 @@ def test_differences_are_counted_and_named(weights):
 )
 def test_shape_faults(weights, key, shape):
   state = _akamaster() | {key: np.ones(shape, np.float32)}
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert '0 missing, 0 unexpected' in message
   assert key in message
 
@@ -277,20 +277,20 @@ def test_shape_faults(weights, key, shape):
 def test_missing_entry_that_decides_an_option(weights, key):
   state = _akamaster()
   del state[key]
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert f'1 missing ({key}), 0 unexpected, 0 of another shape' in message
 
 
 def test_foreign_layout(weights):
   state = {f'blocks.{n}.running_mean': np.ones(3, np.float32) for n in (1, 2)}
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert 'no layout known for resnet20 (blocks.1.running_mean' in message
   assert 'akamaster, pytorchcv, clusterq' in message
 
 
 def test_no_batch_norm_statistics(weights):
   state = {k: v for k, v in _akamaster().items() if 'running' not in k}
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert 'needs a teacher with BatchNorm statistics' in message
   assert 'supported networks are resnet8, ' in message
 
@@ -307,7 +307,7 @@ def test_no_batch_norm_statistics(weights):
 )
 def test_squeeze_and_excitation(weights, key):
   state = _akamaster() | {key: np.ones((4, 16, 1, 1), np.float32)}
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert f'squeeze-and-excitation ({key}) is not supported' in message
   assert 'supported networks are resnet8, ' in message
 
@@ -320,17 +320,17 @@ def test_transposed_kernels(weights, name):
     layout = layouts.LAYOUTS[name][0]
     state = {
       layout.key(layer, leaf): np.ones(layout.to_source(shape), np.float32)
-      for layer in layouts._layers(
+      for layer in fitting.layers_of(
         registry.architecture(name), 3, num_classes=5
       )
       for leaf, shape in layer.shapes.items()
     }
-  layouts.load(_save(weights, state), name)
+  fitting.load(_save(weights, state), name)
   first = next(iter(state))
   flax = {
     k: v.transpose(2, 3, 1, 0) if v.ndim == 4 else v.T for k, v in state.items()
   }
-  message = _refusal(layouts.load, _save(weights, flax), name)
+  message = _refusal(fitting.load, _save(weights, flax), name)
   shape = list(flax[first].shape)
   assert f'kernels are transposed ({first} is {shape})' in message
   # Depthwise kernels of TensorFlow itself are [height, width, channels, 1].
@@ -338,21 +338,21 @@ def test_transposed_kernels(weights, name):
     k: v.transpose(0, 1, 3, 2) if v.shape[2:3] == (1,) else v
     for k, v in flax.items()
   }
-  message = _refusal(layouts.load, _save(weights, depthwise), name)
+  message = _refusal(fitting.load, _save(weights, depthwise), name)
   assert 'kernels are transposed' in message
 
 
 def test_negative_variance(weights):
   state = _akamaster()
   state['layer2.0.bn1.running_var'][[3, 5]] = -1e-3
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert 'layer2.0.bn1.running_var has 2 negative variance(s) of 32' in message
 
 
 def test_integer_weights(weights):
   state = _akamaster()
   state['conv1.weight'] = state['conv1.weight'].astype(np.int8)
-  message = _refusal(layouts.load, _save(weights, state), 'resnet20')
+  message = _refusal(fitting.load, _save(weights, state), 'resnet20')
   assert 'conv1.weight is int8' in message
 
 
@@ -479,8 +479,8 @@ def test_npz_is_what_safetensors_is(tmp_path, weights):
   state['module.linear.weight'] = state['module.linear.weight'].astype(float)
   path = tmp_path / 'w.npz'
   np.savez(path, **state)
-  ours = layouts.load(path, 'resnet20')
-  theirs = layouts.load(_save(weights, state), 'resnet20')
+  ours = fitting.load(path, 'resnet20')
+  theirs = fitting.load(_save(weights, state), 'resnet20')
   assert ours.report == theirs.report.replace(str(weights), str(path))
   for collection, layers in theirs.variables.items():
     for name, leaves in layers.items():

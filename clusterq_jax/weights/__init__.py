@@ -1,7 +1,7 @@
 """Reading a teacher's weights: safe files in, a checked Flax tree out.
 
 `files` reads and writes files, `layouts` knows how each source names and
-orders its tensors.
+orders its tensors, `fitting` takes what fits an architecture exactly.
 """
 
 from clusterq_jax.weights.files import (
@@ -9,7 +9,7 @@ from clusterq_jax.weights.files import (
   unflatten,
   write_safetensors,
 )
-from clusterq_jax.weights.layouts import FORMAT, Loaded, load
+from clusterq_jax.weights.fitting import FORMAT, Loaded, load
 
 __all__ = [
   'FORMAT',

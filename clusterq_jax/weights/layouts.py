@@ -1,10 +1,7 @@
-"""How each source names and orders a network's tensors, and the strict check.
+"""How each source names and orders a network's tensors.
 
 One table per source and family of architectures: from our layer names to the
-source's prefixes. What a file must hold is read off the architecture's own
-definition, given a few facts found in the file (input channels, classes, kind
-of shortcut); whatever is missing, left over or of another shape is reported in
-one line.
+source's prefixes.
 
 Sources: github.com/akamaster/pytorch_resnet_cifar10, torchvision (timm's
 ResNets have its names), github.com/huggingface/pytorch-image-models (`timm`),
@@ -15,27 +12,17 @@ Left out: guessing. A file that fits no table exactly is refused.
 """
 
 import dataclasses
-import functools
-import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float as float_layers
-from clusterq_jax.layers import protocol
 from clusterq_jax.models import registry
-from clusterq_jax.weights import files
 
-FORMAT = 'clusterq-jax teacher 1'
-
-_STEM, _CLASSIFIER = 'stem', 'classifier'
-# As timm, pytorchcv, torchvision and PyPI `efficientnet-pytorch` call it.
-_SQUEEZE = re.compile(r'(^|\.)(_?se|_?se_\w+)\.|\.block\.\d+\.fc1\.')
-_COLLECTIONS = {
+STEM, CLASSIFIER = 'stem', 'classifier'
+COLLECTIONS = {
   'kernel': 'params',
   'scale': 'params',
   'bias': 'params',
@@ -49,7 +36,7 @@ _TORCH_LEAVES = {
   'mean': '{bn}.running_mean',
   'var': '{bn}.running_var',
 }
-_OWN_LEAVES = {k: f'{c}/{{conv}}/{k}' for k, c in _COLLECTIONS.items()}
+_OWN_LEAVES = {k: f'{c}/{{conv}}/{k}' for k, c in COLLECTIONS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +47,6 @@ class Layer:
     name: of the layer, in our architecture.
     kernel: shape, in Flax order; None where the file has the say.
     block: number of its residual block, from 1; 0 outside of blocks.
-    depthwise: whether each channel has a kernel of its own.
   """
 
   name: str
@@ -70,7 +56,7 @@ class Layer:
   @property
   def shapes(self) -> dict[str, tuple[int | None, ...]]:
     """Leaf name -> shape in Flax order."""
-    leaves = _COLLECTIONS if len(self.kernel) == 4 else ('kernel', 'bias')
+    leaves = COLLECTIONS if len(self.kernel) == 4 else ('kernel', 'bias')
     return {
       k: self.kernel if k == 'kernel' else self.kernel[-1:] for k in leaves
     }
@@ -170,12 +156,12 @@ def _pytorchcv(
   pairs = {
     name: (f'{prefix}.conv', f'{prefix}.bn')
     for name, prefix in {
-      _STEM: 'features.init_block',
+      STEM: 'features.init_block',
       **{name: unit + row for name, row in rows.items()},
       **(extra or {}),
     }.items()
   }
-  pairs[_CLASSIFIER] = ('output', 'output')
+  pairs[CLASSIFIER] = ('output', 'output')
   return Layout('pytorchcv', pairs, **others)
 
 
@@ -184,23 +170,23 @@ def _torchvision(rows: Mapping[str, tuple[str, str]], **others) -> Layout:
   pairs = {
     name: (block + conv, block + bn) for name, (conv, bn) in rows.items()
   }
-  pairs |= {_STEM: ('conv1', 'bn1'), _CLASSIFIER: ('fc', 'fc')}
+  pairs |= {STEM: ('conv1', 'bn1'), CLASSIFIER: ('fc', 'fc')}
   return Layout('torchvision', pairs, **others)
 
 
 _CONVS = {f'conv{i}': (f'conv{i}', f'bn{i}') for i in (1, 2, 3)}
-_OWN = Layout('clusterq', {}, _OWN_LEAVES, torch_order=False)
+OWN = Layout('clusterq', {}, _OWN_LEAVES, torch_order=False)
 # The first layout is named where a file fits none.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
   'cifar_resnet': (
     Layout(
       'akamaster',
       {
-        _STEM: ('conv1', 'bn1'),
+        STEM: ('conv1', 'bn1'),
         'conv1': ('layer{s}.{i}.conv1', 'layer{s}.{i}.bn1'),
         'conv2': ('layer{s}.{i}.conv2', 'layer{s}.{i}.bn2'),
         'shortcut': ('layer{s}.0.shortcut.0', 'layer{s}.0.shortcut.1'),
-        _CLASSIFIER: ('linear', 'linear'),
+        CLASSIFIER: ('linear', 'linear'),
       },
     ),
     _pytorchcv(
@@ -210,7 +196,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         'shortcut': 'identity_conv',
       }
     ),
-    _OWN,
+    OWN,
   ),
   'resnet': (
     _torchvision({**_CONVS, 'shortcut': ('downsample.0', 'downsample.1')}),
@@ -219,17 +205,17 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         **{name: f'body.{name}' for name in _CONVS},
         'shortcut': 'identity_conv',
       },
-      extra={_STEM: 'features.init_block.conv'},
+      extra={STEM: 'features.init_block.conv'},
       # Its resnet50b is torchvision's.
       options={'resnet50': {'stride_first': True}},
     ),
-    _OWN,
+    OWN,
   ),
   'mobilenet_v2': (
     Layout(
       'torchvision',
       {
-        _STEM: ('features.0.0', 'features.0.1'),
+        STEM: ('features.0.0', 'features.0.1'),
         'stage1_block1_depthwise': (
           'features.{n}.conv.0.0',
           'features.{n}.conv.0.1',
@@ -239,13 +225,13 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         'depthwise': ('features.{n}.conv.1.0', 'features.{n}.conv.1.1'),
         'project': ('features.{n}.conv.2', 'features.{n}.conv.3'),
         'head': ('features.18.0', 'features.18.1'),
-        _CLASSIFIER: ('classifier.1', 'classifier.1'),
+        CLASSIFIER: ('classifier.1', 'classifier.1'),
       },
     ),
     Layout(
       'timm',
       {
-        _STEM: ('conv_stem', 'bn1'),
+        STEM: ('conv_stem', 'bn1'),
         'stage1_block1_depthwise': (
           'blocks.{r}.{i}.conv_dw',
           'blocks.{r}.{i}.bn1',
@@ -258,7 +244,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         'depthwise': ('blocks.{r}.{i}.conv_dw', 'blocks.{r}.{i}.bn2'),
         'project': ('blocks.{r}.{i}.conv_pwl', 'blocks.{r}.{i}.bn3'),
         'head': ('conv_head', 'bn2'),
-        _CLASSIFIER: ('classifier', 'classifier'),
+        CLASSIFIER: ('classifier', 'classifier'),
       },
     ),
     _pytorchcv(
@@ -272,21 +258,21 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
       options={'mobilenet_v2': {'expand_first': True}},
       conv_classifier=True,
     ),
-    _OWN,
+    OWN,
   ),
   'efficientnet_lite': (
     Layout(
       'efficientnet-lite-pytorch',
       {
-        _STEM: ('_conv_stem', '_bn0'),
+        STEM: ('_conv_stem', '_bn0'),
         'expand': ('_blocks.{m}._expand_conv', '_blocks.{m}._bn0'),
         'depthwise': ('_blocks.{m}._depthwise_conv', '_blocks.{m}._bn1'),
         'project': ('_blocks.{m}._project_conv', '_blocks.{m}._bn2'),
         'head': ('_conv_head', '_bn1'),
-        _CLASSIFIER: ('_fc', '_fc'),
+        CLASSIFIER: ('_fc', '_fc'),
       },
     ),
-    _OWN,
+    OWN,
   ),
 }
 
@@ -299,307 +285,5 @@ def known(arch: str) -> tuple[Layout, ...]:
   """
   architecture = registry.architecture(arch)
   if architecture.rows is not None:
-    return Layout(arch, architecture.rows), _OWN
+    return Layout(arch, architecture.rows), OWN
   return LAYOUTS[architecture.family]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A teacher's weights and what the file says about them.
-
-  Attributes:
-    variables: {'params', 'batch_stats'} -> layer -> leaf, float32; kernels
-      [kh, kw, cin/groups, cout] or [cin, cout], the other leaves [cout].
-    options: 'in_channels' and fields of the architecture, 'num_classes' first.
-    metadata: the strings in the file's header.
-    layout: the name of the source's layout.
-    report: one paragraph for the log.
-  """
-
-  variables: dict[str, dict[str, dict[str, np.ndarray]]]
-  options: dict[str, Any]
-  metadata: dict[str, str]
-  layout: str
-  report: str
-
-
-def load(path: str | os.PathLike[str], arch: str) -> Loaded:
-  """Reads the weights of one architecture and refuses all that does not fit.
-
-  Args:
-    path: a file that `files.read_tensors` takes.
-    arch: a name from `models.registry`.
-
-  Raises:
-    InputError: an unknown architecture, an unreadable file, entries missing,
-      left over or of another shape, no BatchNorm statistics, or a negative
-      variance.
-  """
-  path = os.fspath(path)
-  layouts = known(arch)
-  tensors, metadata = files.read_tensors(path)
-  _check_kind(path, tensors)
-  layout = max(layouts, key=lambda layout: layout.matches(tensors))
-  if 2 * layout.matches(tensors) < len(tensors):
-    raise InputError(
-      f'{path}: found tensors of no layout known for {arch} '
-      f'({files.names(tensors, 3)}), '
-      f'expected one of {", ".join(layout.name for layout in layouts)}; '
-      f'{_supported()}'
-    )
-  if not layout.torch_order:
-    _check_metadata(path, metadata, arch)
-  if layout.conv_classifier:
-    tensors = _as_dense(layout, tensors)
-  in_channels, options = _options(arch, layout, tensors, metadata)
-  layers = _layers(registry.architecture(arch), in_channels, **options)
-  if layout.torch_order:
-    _check_order(path, layout, layers, tensors)
-  _check(path, arch, layout, in_channels, options, tensors)
-  variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
-    'params': {},
-    'batch_stats': {},
-  }
-  for layer in layers:
-    for leaf in layer.shapes:
-      value = layout.to_flax(tensors[layout.key(layer, leaf)])
-      group = variables[_COLLECTIONS[leaf]]
-      group.setdefault(layer.name, {})[leaf] = value
-  bn = variables['batch_stats'].values()
-  count = sum(v.size for p in variables['params'].values() for v in p.values())
-  details = [
-    f'{in_channels} input channels',
-    f'{options["num_classes"]} classes',
-  ]
-  details += [
-    f'{name.replace("_", " ")} {value}'
-    for name, value in options.items()
-    if name != 'num_classes'
-  ]
-  report = (
-    f'{path}: {arch} in the {layout.name} layout, {", ".join(details)}; '
-    f'{count:,} parameters, {len(bn)} BatchNorm layers with '
-    f'{sum(s["mean"].size for s in bn):,} channels.'
-  )
-  return Loaded(
-    variables,
-    {'in_channels': in_channels, **options},
-    metadata,
-    layout.name,
-    report,
-  )
-
-
-@functools.cache
-def _layers(
-  architecture: registry.Architecture, in_channels: int | None, **options
-) -> list[Layer]:
-  """The layers of an architecture, as its own definition has them."""
-  classes = options['num_classes']
-  options['num_classes'] = classes or 1
-
-  def build(layers):
-    return architecture.network(layers=layers, **options)
-
-  network = build(float_layers.layer_set())
-  # The classifier's width may depend on it.
-  size = architecture.preprocessing.get('image_size', (64, 64))
-  images = jax.ShapeDtypeStruct((1, *size, in_channels or 1), np.float32)
-  params = jax.eval_shape(network.init, jax.random.key(0), images)['params']
-  layers: list[Layer] = []
-  blocks: list[str] = []
-  names = protocol.trace(build).weighted
-  for name in names:
-    shape: tuple[int | None, ...] = params[name]['kernel'].shape
-    if name == names[0]:
-      shape = (*shape[:2], in_channels, shape[3])
-    if name == names[-1]:
-      shape = (shape[0], classes)
-    found = re.match(r'stage\d+_block\d+', name)
-    if found and found[0] not in blocks:
-      blocks.append(found[0])
-    block = blocks.index(found[0]) + 1 if found else 0
-    layers.append(Layer(name, shape, block))
-  return layers
-
-
-def _as_dense(
-  layout: Layout, tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-  classifier = Layer(_CLASSIFIER, (None,) * 2)
-  kernel, bias = (layout.key(classifier, leaf) for leaf in ('kernel', 'bias'))
-  tensors = dict(tensors)
-  found = tensors.get(kernel)
-  if found is not None and found.shape[2:] == (1, 1) and bias not in tensors:
-    tensors[kernel] = found[:, :, 0, 0]
-    tensors[bias] = np.zeros(len(found), np.float32)
-  return tensors
-
-
-def _options(
-  arch: str,
-  layout: Layout,
-  tensors: Mapping[str, np.ndarray],
-  metadata: Mapping[str, str],
-) -> tuple[int | None, dict[str, Any]]:
-  """Input channels and fields of the architecture, as the file decides them.
-
-  None where the deciding tensor is missing.
-  """
-
-  def dim(layer: Layer, axis: int) -> int | None:
-    value = tensors.get(layout.key(layer, 'kernel'))
-    if value is None or value.ndim != len(layer.kernel):
-      return None
-    return layout.to_flax(value).shape[axis]
-
-  graph = protocol.trace(registry.builder(arch, num_classes=1))
-  first, last = graph.weighted[0], graph.weighted[-1]
-  options: dict[str, Any] = {
-    'num_classes': dim(Layer(last, (None,) * 2), 1),
-    **layout.options.get(arch, {}),
-  }
-  family = registry.architecture(arch).family
-  if family == 'cifar_resnet':
-    shortcuts = [
-      Layer(f'stage{s}_block1_shortcut', (None,) * 4) for s in (2, 3)
-    ]
-    conv = any(layout.key(layer, 'kernel') in tensors for layer in shortcuts)
-    options['shortcut'] = 'conv' if conv else 'pad'
-  if layout is _OWN:  # what other sources decide, a converted file tells
-    names = {
-      name for other in known(arch) for name in other.options.get(arch, {})
-    }
-    options |= {name: True for name in names if metadata.get(name) == 'true'}
-  return dim(Layer(first, (None,) * 4), 2), options
-
-
-def _supported() -> str:
-  return f'supported networks are {", ".join(registry.names())}'
-
-
-def _check_kind(path: str, tensors: Mapping[str, np.ndarray]) -> None:
-  """Refuses what no network here has, or lacks what each has."""
-  if not any(re.search(r'(\.running_|/)mean$', key) for key in tensors):
-    raise InputError(
-      f'{path}: found no BatchNorm statistics (no running_mean among '
-      f'{len(tensors)} tensors): group or layer normalisation, or none; the '
-      f'method needs a teacher with BatchNorm statistics; {_supported()}'
-    )
-  squeeze = [key for key in tensors if _SQUEEZE.search(key)]
-  if squeeze:
-    raise InputError(
-      f'{path}: squeeze-and-excitation ({files.names(squeeze, 1)}) is not '
-      f'supported; {_supported()}'
-    )
-
-
-def _check_order(
-  path: str,
-  layout: Layout,
-  layers: list[Layer],
-  tensors: Mapping[str, np.ndarray],
-) -> None:
-  """Refuses torch's names with the kernels of TensorFlow."""
-  kernels = {}
-  for layer in layers:
-    key, bias = (layout.key(layer, leaf) for leaf in ('kernel', 'bias'))
-    if len(layer.kernel) == 4 and {key, bias} <= tensors.keys():
-      kernels[key] = tensors[key].shape, tensors[bias].size
-  if kernels and all(
-    len(shape) == 4 and shape[0] != cout and cout in shape[2:]
-    for shape, cout in kernels.values()
-  ):
-    key, (shape, _) = next(iter(kernels.items()))
-    raise InputError(
-      f'{path}: kernels are transposed ({key} is {list(shape)}): found '
-      "TensorFlow's order [height, width, in, out], expected torch's [out, in, "
-      'height, width], and [out, in] for the classifier'
-    )
-
-
-def _check_metadata(path: str, metadata: dict[str, str], arch: str) -> None:
-  if metadata.get('format') != FORMAT:
-    raise InputError(
-      f'{path}: metadata format is {metadata.get("format")!r}, expected '
-      f'{FORMAT!r}'
-    )
-  if metadata.get('arch') != arch:
-    found = metadata.get('arch')
-    raise InputError(
-      f'{path}: metadata arch is {found!r}, expected {arch!r}'
-      + (
-        f'; set config.teacher.arch={found}'
-        if found in registry.names()
-        else ''
-      )
-    )
-
-
-def _differences(
-  layout: Layout, layers: list[Layer], tensors: Mapping[str, np.ndarray]
-) -> tuple[list[str], list[str], list[str]]:
-  """Missing and unexpected keys, and descriptions of the mis-shaped ones."""
-  expected = {
-    layout.key(layer, leaf): layout.to_source(shape)
-    for layer in layers
-    for leaf, shape in layer.shapes.items()
-  }
-  shapes = []
-  for key, want in expected.items():
-    got = tensors[key].shape if key in tensors else want
-    if len(got) != len(want) or any(
-      w not in (None, g) for w, g in zip(want, got, strict=True)
-    ):
-      shapes.append(f'{key} is {list(got)}, expected {list(want)}')
-  missing = [key for key in expected if key not in tensors]
-  return missing, [key for key in tensors if key not in expected], shapes
-
-
-def _check(
-  path: str,
-  arch: str,
-  layout: Layout,
-  in_channels: int | None,
-  options: dict[str, Any],
-  tensors: Mapping[str, np.ndarray],
-) -> None:
-  def differences(arch):
-    # The sources' own choices belong to an architecture, not to its family.
-    found = {
-      k: v for k, v in options.items() if k in ('num_classes', 'shortcut')
-    }
-    found |= layout.options.get(arch, {})
-    layers = _layers(registry.architecture(arch), in_channels, **found)
-    return _differences(layout, layers, tensors)
-
-  layers = _layers(registry.architecture(arch), in_channels, **options)
-  found = _differences(layout, layers, tensors)
-  if any(found):
-    kinds = ('missing', 'unexpected', 'of another shape')
-    parts = [
-      f'{len(entries)} {kind}' + f' ({files.names(entries)})' * bool(entries)
-      for entries, kind in zip(found, kinds, strict=True)
-    ]
-    message = f'{path} does not fit {arch}: {", ".join(parts)}'
-    # Another one is named only where the whole file fits it.
-    for other in registry.names(registry.architecture(arch).family):
-      if not any(differences(other)):
-        message += (
-          f'; the file holds a {other}; set config.teacher.arch={other}'
-        )
-        break
-    else:
-      message += f'; {_supported()}'
-    raise InputError(message)
-  for layer in layers:
-    for leaf in layer.shapes:
-      key = layout.key(layer, leaf)
-      value = tensors[key]
-      if value.dtype != np.float32:
-        raise InputError(f'{path}: {key} is {value.dtype}, expected a float')
-      if leaf == 'var' and (value < 0).any():
-        raise InputError(
-          f'{path}: {key} has {(value < 0).sum()} negative variance(s) of '
-          f'{value.size}, expected none'
-        )
