@@ -101,10 +101,11 @@ for i in 0 1; do
 done
 wait
 """
-_PYTHON = """
+_PYTHON = r"""
 if [[ "$2" == clusterq_jax.main ]]; then
-  printf '<%s>' "$SLURM_PROCID/$SLURM_NTASKS" "$JAX_COMPILATION_CACHE_DIR" "$@"
-  echo
+  # In one piece: two tasks print at the same time.
+  echo "$(printf '<%s>' "$SLURM_PROCID/$SLURM_NTASKS" \
+    "$JAX_COMPILATION_CACHE_DIR" "$@")"
 fi
 """
 
