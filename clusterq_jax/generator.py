@@ -48,12 +48,12 @@ class _BatchNorm(nn.Module):
     return x * gain + (bias - mean * gain)
 
 
-# Which taps of a 3-tap filter fall on which low-resolution neighbour when it
-# runs over an image upsampled by repetition: [parity, neighbour, tap].
+# Which taps of a 3-tap filter fall on which of two low-resolution neighbours as
+# it runs over an image upsampled by repetition: [parity, neighbour, tap].
 _TAPS = np.array(
   [
-    [[1, 0, 0], [0, 1, 1], [0, 0, 0]],
-    [[0, 0, 0], [1, 1, 0], [0, 0, 1]],
+    [[1, 0, 0], [0, 1, 1]],  # the one before, and the pixel itself
+    [[1, 1, 0], [0, 0, 1]],  # the pixel itself, and the one after
   ],
   np.float32,
 )
@@ -64,8 +64,8 @@ def upsample_conv(
 ) -> jax.Array:
   """3x3 'same' convolution of the nearest-neighbour x2 upsampling of x.
 
-  Computed at the low resolution, for the four pixel parities at once: a quarter
-  of the pixels and four times the channels, which took 0.6 of the time on CPU.
+  Computed at the low resolution, for the four pixel parities at once: each sees
+  2x2 neighbours, so 16 products take the place of 36.
 
   Args:
     x: [B, H, W, C].
@@ -78,10 +78,14 @@ def upsample_conv(
   b, h, w, c = x.shape
   features = kernel.shape[-1]
   taps = jnp.einsum('pah,qbw,hwcf->abcpqf', _TAPS, _TAPS, kernel)
-  taps = taps.reshape(3, 3, c, 4 * features)
-  x = convolution.conv2d(x, taps, 1, 1, dtype=dtype)
-  x = x.reshape(b, h, w, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(b, 2 * h, 2 * w, features)
+  taps = taps.reshape(2, 2, c, 4 * features)
+  y = convolution.conv2d(x, taps, 1, 1, dtype=dtype)  # [B, H + 1, W + 1, 4F]
+  y = y.reshape(b, h + 1, w + 1, 2, 2, features)
+  rows = [
+    jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in (0, 1)], 3)
+    for p in (0, 1)
+  ]
+  return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, features)
 
 
 class _Conv(nn.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clusterq_jax.generator import Generator
+from clusterq_jax.generator import Generator, upsample_conv
 
 _BATCH, _CLASSES, _LATENT = 6, 4, 8
 # What costs time here is compiling.
@@ -121,3 +121,25 @@ def test_noise_chooses_among_the_prototypes_of_the_class():
   rows = np.abs(used(variables)).max(1)
   assert rows.shape == (3 * _CLASSES,)
   np.testing.assert_array_equal(rows > 1e-6, np.isin(np.arange(12), [6, 7, 8]))
+
+
+@pytest.mark.parametrize(
+  ('height', 'width', 'features'), [(8, 8, 3), (9, 7, 20)]
+)
+def test_upsample_conv(height, width, features):
+  random = np.random.RandomState(0)
+  x = random.randn(2, height, width, 5).astype(np.float32)
+  kernel = random.randn(3, 3, 5, features).astype(np.float32)
+  g = random.randn(2, 2 * height, 2 * width, features).astype(np.float32)
+
+  def plain(x, kernel):
+    x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+  y, pull = jax.vjp(upsample_conv, x, kernel)
+  expected, expected_pull = jax.vjp(plain, x, kernel)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  for found, wanted in zip(pull(g), expected_pull(g), strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)

@@ -159,7 +159,7 @@ def _gradients(strides, padding, groups, x, kernel, g):
     )
     return dx, lax.platform_dependent(x, g, cpu=fast, default=xla_weight)
   dx = xla_input(g, kernel)
-  same = pads == ((side // 2, side // 2),) * 2 and side % 2 == 1
+  same = pads == ((side // 2, side // 2),) * 2
   if side == 1 and groups == 1 and same:
     # The pixels that are read: a matrix product, whatever the strides.
     x = x[:, ::strides, ::strides]
@@ -231,17 +231,20 @@ def _depthwise_weight_gradient(side, x, g, *, strides, pads):
 
 
 def _weight_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
-  """d loss / d kernel of a stride-1 'same' convolution by shifted products.
+  """d loss / d kernel by shifted products; stride 1, padding of half the side.
 
   Flattening [B, H + r, W + r] pixels, with r = side // 2 zeros after each row
   and each image, turns the shift by one kernel tap into a shift by a number of
   flat rows, so every operand is a contiguous block.
   """
   pad = side // 2
-  width = x.shape[2] + pad
-  spare = ((0, 0), (0, pad), (0, pad), (0, 0))
-  xs = jnp.pad(x, spare).reshape(-1, x.shape[-1])
-  gs = jnp.pad(g, spare).reshape(-1, g.shape[-1])
+  height, width = x.shape[1] + pad, x.shape[2] + pad
+
+  def rows_of(a):
+    spare = (0, height - a.shape[1]), (0, width - a.shape[2])
+    return jnp.pad(a, ((0, 0), *spare, (0, 0))).reshape(-1, a.shape[-1])
+
+  xs, gs = rows_of(x), rows_of(g)
   margin = pad * (width + 1)
   xs = jnp.pad(xs, ((margin, margin), (0, 0)))
   offsets = (jnp.arange(side)[:, None] * width + jnp.arange(side)).reshape(-1)
@@ -256,9 +259,9 @@ def _weight_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
 
 def _column_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
   """The same, as one product with the shifts of g side by side."""
-  pad = side // 2
+  edge = side - 1 - side // 2
   height, width = x.shape[1:3]
-  g = jnp.pad(g, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  g = jnp.pad(g, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
   columns = jnp.concatenate(
     [
       g[:, i : i + height, j : j + width]
