@@ -7,7 +7,8 @@ README.md beside this file.
     python -m clusterq_jax.main --config=configs/cifar100_variant.py \
         --workdir=runs/cifar100_variant
 
-Needs weights/resnet20_cifar100_variant.pt. Accuracy and time: see README.md.
+Needs weights/resnet20_cifar100_variant.pt. Teacher 69.98 on 5,000 CIFAR-100
+test images; student not measured with the recipe as it is.
 """
 
 import pathlib

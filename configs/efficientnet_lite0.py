@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 on ImageNet, W8A8, within an hour on two cores.
+"""EfficientNet-Lite0 on ImageNet, W8A8, with a short schedule.
 
 Paper: ClusterQ, arXiv 2205.00179 (which has no figure for this network), with
 the short recipe of `clusterq_jax.config.fast` and a generator small enough for
@@ -8,7 +8,8 @@ the short recipe of `clusterq_jax.config.fast` and a generator small enough for
     python -m clusterq_jax.main --config=configs/efficientnet_lite0.py \
         --workdir=runs/efficientnet_lite0
 
-Needs weights/efficientnet_lite0.pth.
+Needs weights/efficientnet_lite0.pth. A step takes 1 to 3 s on two cores. Not
+run here to the end; accuracy unknown.
 """
 
 from clusterq_jax import config as config_lib
