@@ -164,11 +164,10 @@ def imagenet() -> ml_collections.ConfigDict:
 def fast() -> ml_collections.ConfigDict:
   """The short recipe: minutes on two CPU cores.
 
-  Departs from the paper: a slim generator with prototypes of each class, which
-  learns what is asked of it many times faster; the student rests until the
-  generator is done, then learns from its recent images, mixed ones too;
-  learned quantizer steps from the MSE-optimal clip; Adam with a cosine;
-  distillation of logits and features without cross-entropy.
+  Departs from the paper: a slim generator with prototypes of each class; the
+  student rests until the generator is done, then learns from its recent images,
+  mixed ones too; learned quantizer steps from the MSE-optimal clip; Adam with a
+  cosine; distillation of logits and features without cross-entropy.
   """
   config = defaults()
   config.checkpoint_every = 100
