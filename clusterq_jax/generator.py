@@ -4,9 +4,9 @@ For small images: embedding(y) * z -> dense -> H/4 x W/4 -> BN -> x2 -> conv,
 BN, leaky ReLU -> x2 -> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain
 and bias, which gives the images the scale of the teacher's normalised input.
 For ImageNet: z -> dense directly, and BatchNorms with a gain and a bias per
-class. Prototypes are this project's: some embeddings per class that stand beside
-z. A product of embedding and z, asked for 100 classes, was right on no image
-after 275 steps; prototypes have been tried with 10 classes only.
+class. Prototypes are this project's: some embeddings per class that stand
+beside z. A product of embedding and z, asked for 100 classes, was right on no
+image after 275 steps; prototypes have been tried with 10 classes only.
 More channels than three mean more doublings, from a smaller start.
 
 BatchNorm always uses the statistics of the batch, in training and after it, so
