@@ -10,6 +10,8 @@ from typing import Any
 
 import tqdm
 
+from clusterq_jax.errors import InputError
+
 _SILENCE_S = 20.0  # between lines where there is no terminal
 
 
@@ -108,6 +110,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n')
   os.replace(temporary, path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    OSError: it cannot be read.
+    InputError: it holds something else.
+  """
+  try:
+    value = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as e:
+    raise InputError(f'{path}: not JSON: {e}') from e
+  if not isinstance(value, dict):
+    raise InputError(
+      f'{path}: found a {type(value).__name__}; expected a JSON object'
+    )
+  return value
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import socket
@@ -72,7 +71,7 @@ def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   file = folder / 'config.json'
   try:
     if file.exists():
-      changed = config_lib.differences(json.loads(file.read_text()), config)
+      changed = config_lib.differences(metrics.read_json(file), config)
       if changed:
         raise InputError(
           f'{folder} holds a run with another config; it differs in '
@@ -81,8 +80,6 @@ def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     metrics.write_json(file, config.to_dict())
   except OSError as e:
     raise InputError(f'{folder}: cannot be written: {e.strerror}') from e
-  except json.JSONDecodeError as e:
-    raise InputError(f'{file}: not a config: {e}') from e
 
 
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
     All that results.json then holds.
   """
   file = folder / 'results.json'
-  results = json.loads(file.read_text()) if file.exists() else {}
+  results = metrics.read_json(file) if file.exists() else {}
   for key, value in new.items():
     old = results.get(key)
     if isinstance(old, dict) and isinstance(value, dict):
