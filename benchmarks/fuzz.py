@@ -865,7 +865,9 @@ def _outcome(
   return found, said
 
 
-def _work(connection, seed: int, numbers: Sequence[int], loud: bool) -> None:
+def _work(
+  connection, root: pathlib.Path, seed: int, numbers: Sequence[int], loud: bool
+) -> None:
   """Sends an `_outcome` for each number, after a first one without meaning."""
   jax.config.update('jax_platforms', 'cpu')
   if not loud:  # decoders talk
@@ -873,17 +875,15 @@ def _work(connection, seed: int, numbers: Sequence[int], loud: bool) -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
   warnings.simplefilter('ignore')
-  with tempfile.TemporaryDirectory() as folder:
-    root = pathlib.Path(folder).resolve()
-    for name in ('seeds', 'around'):
-      (root / name).mkdir()
-    seeds = _Seeds(root / 'seeds')
-    watch = _Watch()
-    limit = _memory('VmSize') + _ADDRESS_SPACE
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    connection.send(('', ''))
-    for number in numbers:
-      connection.send(_outcome(number, seed, seeds, root / 'around', watch))
+  for name in ('seeds', 'around'):
+    (root / name).mkdir()
+  seeds = _Seeds(root / 'seeds')
+  watch = _Watch()
+  limit = _memory('VmSize') + _ADDRESS_SPACE
+  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+  connection.send(('', ''))
+  for number in numbers:
+    connection.send(_outcome(number, seed, seeds, root / 'around', watch))
 
 
 class Result(NamedTuple):
@@ -919,8 +919,12 @@ def run(
   """
   context = multiprocessing.get_context('spawn')
   while numbers:
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    root = pathlib.Path(folder.name).resolve()
     here, there = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(there, seed, numbers, loud))
+    worker = context.Process(
+      target=_work, args=(there, root, seed, numbers, loud)
+    )
     worker.start()
     there.close()
     try:
@@ -943,6 +947,7 @@ def run(
     finally:
       worker.kill()
       worker.join()
+      folder.cleanup()
 
 
 def main() -> int:

@@ -49,6 +49,7 @@ _AT_LEAST = {
   'report.log_every': 1,
   'report.trace_steps': 0,
   'checkpoint_every': 1,
+  'schedule.lr_factor': 0.0,
   'generator.lr': 0.0,
   'student.lr': 0.0,
   'student.quant_lr': 0.0,

@@ -1,5 +1,6 @@
 """What a run says while it goes: metrics.jsonl, a progress bar, a table."""
 
+import errno
 import json
 import os
 import pathlib
@@ -30,12 +31,20 @@ class MetricsFile:
       temporary = path.with_suffix('.tmp')
       temporary.write_text(''.join(f'{line}\n' for line in kept))
       os.replace(temporary, path)
-    self._file = path.open('a')
+    self._file = path.open('ab', buffering=0)
 
   def write(self, step: int, values: dict[str, float]) -> None:
+    """Appends a line, or, where the disk is full, nothing.
+
+    Raises:
+      OSError: the disk is full.
+    """
     rounded = {k: float(f'{v:.7g}') for k, v in sorted(values.items())}
-    self._file.write(json.dumps({'step': step, **rounded}) + '\n')
-    self._file.flush()
+    line = json.dumps({'step': step, **rounded}).encode() + b'\n'
+    whole = self._file.seek(0, os.SEEK_END)
+    if self._file.write(line) < len(line):
+      self._file.truncate(whole)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
 
 def _step(line: str) -> float:

@@ -13,6 +13,7 @@ import os
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -258,8 +259,7 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
       f'2.6 or newer: pip install --upgrade torch'
     )
   try:
-    if head.startswith(b'PK'):
-      check_archive(path)
+    _check_pickle(path, head)
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       data = torch.load(path, map_location='cpu', weights_only=True)
@@ -309,6 +309,20 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
         f'expected a dense float tensor'
       ) from error
   return tensors
+
+
+def _check_pickle(path: str, head: bytes) -> None:
+  """Refuses what torch would open but no tensor needs, and fills the memory."""
+  if head.startswith(b'PK'):
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+      parts = [n for n in archive.namelist() if n.endswith('data.pkl')]
+      pickled = b''.join(map(archive.read, parts))
+  else:
+    with open(path, 'rb') as file:
+      pickled = file.read()
+  if b'bytearray\n' in pickled:
+    raise InputError(f'{path}: found a bytearray, expected tensors only')
 
 
 def _calls(path: str, head: bytes) -> list[str]:
