@@ -32,7 +32,8 @@ def open_workdir(
   if '://' in workdir:
     raise InputError(
       f'--workdir={workdir}: expected a folder; mount the bucket on every '
-      'host, say with gcsfuse, and name the folder where it is mounted'
+      'host, say with gcsfuse BUCKET /mnt/BUCKET, and give '
+      '--workdir=/mnt/BUCKET/...'
     )
   folder = pathlib.Path(workdir)
   if not sharding.is_lead():
