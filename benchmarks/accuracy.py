@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -250,7 +251,9 @@ def spread(values: list[float]) -> str:
 def times(group: list[dict[str, Any]]) -> str:
   own = [r['wall_s'] for r in group if r['own_generator']]
   taken = [r['wall_s'] for r in group if not r['own_generator']]
-  parts = [f'{statistics.mean(own):.0f} s'] * bool(own)
+  parts = []
+  if own:
+    parts.append(f'{statistics.mean(own):.0f} s')
   if taken:
     parts.append(f'{statistics.mean(taken):.0f} s (student alone)')
   return ', '.join(parts)
@@ -308,8 +311,8 @@ def main() -> int:
     try:
       record = run(cell, runs, overrides)
     except subprocess.CalledProcessError as e:
-      # 0: stopped by SIGTERM; 130: by Ctrl-C. The rest of the matrix waits.
-      if e.returncode in (0, 130):
+      # Told to stop, by SIGTERM or Ctrl-C: so is the matrix.
+      if e.returncode in (0, -signal.SIGTERM, 130):
         return 130
       failed = 1
       continue
