@@ -49,7 +49,7 @@ class Clock:
 
 
 class Bench:
-  """One config and seed: its run, step by step, and evaluations of it."""
+  """A run of a config without joint steps, step by step, and evaluations."""
 
   def __init__(self, config, images):
     self.config, self.images = config, images
