@@ -92,13 +92,15 @@ def closing_table(
 
 
 def _forecast(drop: dict[str, float] | None) -> str:
-  fitted = forecast.coefficients()
-  networks = f'the {len(fitted["networks"])} networks it was fitted on'
+  count = len(forecast.coefficients()['networks'])
   if drop is None:
-    return f'none: further from its teacher than with {networks}'
+    return (
+      'none: further from the teacher than any student of the '
+      f'{count} networks it was fitted on'
+    )
   return (
     f'{drop["drop"]:.1f} points, {drop["low"]:.1f} to {drop["high"]:.1f} for 9 '
-    f'of 10 networks like {networks}: a hint, no measurement'
+    f'of 10 networks like the {count} it was fitted on: a hint, no measurement'
   )
 
 

@@ -50,7 +50,7 @@ def test_closing_table(coefficients, divergence, expected):
   table = report.closing_table(results, config, 'runs/mine')
   (line,) = [x for x in table.splitlines() if 'forecast' in x]
   assert expected in line
-  assert '3 networks' in line
+  assert ' the 3 ' in line
 
 
 def _record(drop, divergence):
