@@ -239,9 +239,10 @@ def output_errors(
     found = {}
     for name, output in plan.outputs:
       low, high = numerics.activation_range(output.bits, output.signed)
-      step = output.step
-      if step is None:
+      if output.step is None:
         step = jnp.exp(student_variables['quant'][name]['output'])
+      else:
+        step = jnp.float32(output.step)
       before, after = ours[name]
       target = theirs[name][0]
       codes = jnp.round(before / step)

@@ -10,15 +10,13 @@ import base64
 import dataclasses
 import datetime
 import html
-import importlib.util
 import io
-import json
 import math
 import os
 import pathlib
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -297,8 +295,8 @@ def _curves(run: _Run) -> str:
       )
     )
   return (
-    '<p>Of single batches, as logged. generator/accuracy: synthetic images that '
-    'the teacher assigns to the class they were asked for; student/agreement: '
+    '<p>Of single batches, as logged. generator/accuracy: synthetic images '
+    'that the teacher assigns to the class they were asked for; student/agreement: '
     'images on which the student answers as the teacher does. Dashed: where a '
     'phase begins; generator/loss gains the class terms after the warm-up.</p>'
     + _charts(charts)
@@ -335,16 +333,10 @@ def _grid(run: _Run) -> str:
 
 
 def _project(features: np.ndarray) -> np.ndarray:
-  """[N, C] to [N, 2]."""
-  if importlib.util.find_spec('sklearn') is None:
-    centred = features - features.mean(0)
-    left, scale, _ = np.linalg.svd(centred, full_matrices=False)
-    return left[:, :2] * scale[:2]
-  from sklearn import manifold  # optional
-
-  perplexity = min(30.0, (len(features) - 1) / 3)
-  tsne = manifold.TSNE(2, perplexity=perplexity, init='pca', random_state=0)
-  return tsne.fit_transform(features)
+  """The first two principal components, [N, C] to [N, 2]."""
+  centred = features - features.mean(0)
+  left, scale, _ = np.linalg.svd(centred, full_matrices=False)
+  return left[:, :2] * scale[:2]
 
 
 def _features(run: _Run, features: dict[str, dict[str, np.ndarray]]) -> str:
@@ -369,18 +361,16 @@ def _features(run: _Run, features: dict[str, dict[str, np.ndarray]]) -> str:
       mine, points = np.split(points, [len(found[layer])])
       labels = run.images[kind].labels
       charts[kind].append(svg.scatter(depth, mine, labels, low, high))
-  method = 't-SNE' if importlib.util.find_spec('sklearn') else 'PCA'
   key = ''.join(
     f'<span class="key"><b style="background:{svg.CLASSES[k]}"></b>{k} '
     f'{html.escape(run.class_name(k))}</span>'
     for k in run.shown
   )
-  hint = ' (pip install scikit-learn: t-SNE)' * (method == 'PCA')
   return (
-    f'<p>What the teacher makes of an image at four depths, averaged over '
-    f'space, in two dimensions: {method}{hint}, at each depth of all images '
-    'together, so that the maps of a column have the same axes. A number '
-    f'stands amid its class.</p><p>{key}</p>'
+    '<p>Features of the teacher, averaged over space, at four depths: their '
+    'first two principal components, of all images of a column together, so '
+    'that its maps have the same axes. A number stands amid its class.</p>'
+    f'<p>{key}</p>'
     + ''.join(
       f'<h3>{len(run.images[kind].labels)} {kind} images</h3>{_charts(c)}'
       for kind, c in charts.items()
@@ -484,8 +474,8 @@ def _errors(run: _Run) -> str:
     svg.curves(
       'Integer levels in use',
       [
-        curve(*of, 'levels', 100)
-        for of in (('weights', weights), ('outputs', outputs))
+        curve('weights', weights, 'levels', 100),
+        curve('outputs', outputs, 'levels', 100),
       ],
       x_label,
       '% of levels',
@@ -493,8 +483,8 @@ def _errors(run: _Run) -> str:
     svg.curves(
       'Values outside of the range',
       [
-        curve(*of, 'clipped', 100)
-        for of in (('weights', weights), ('outputs', outputs))
+        curve('weights', weights, 'clipped', 100),
+        curve('outputs', outputs, 'clipped', 100),
       ],
       x_label,
       '% of values',

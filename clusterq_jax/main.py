@@ -1,7 +1,8 @@
 """The command line: flags and mode dispatch only.
 
     python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
-        [--mode=quantize|evaluate|export|report|dryrun] [--config.field=value ...]
+        [--mode=quantize|evaluate|export|report|dryrun] \
+        [--config.field=value ...]
 
 Where it is one of several processes, each is started with the same command; see
 `sharding.start`.

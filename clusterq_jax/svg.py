@@ -212,7 +212,7 @@ def shade(share: float) -> str:
 
 
 def heat_map(
-  title: str, values: np.ndarray, largest: float, names: Sequence[int]
+  title: str, values: np.ndarray, largest: float, names: np.ndarray
 ) -> str:
   """A small square matrix with zeros along its diagonal.
 
@@ -220,7 +220,7 @@ def heat_map(
     title: above the chart.
     values: [K, K], from 0.
     largest: the value that is darkest.
-    names: numbers of rows and columns, [K].
+    names: numbers of rows and columns, int [K].
   """
   cell, left, top = 21, 16, 34
   size = len(values)
