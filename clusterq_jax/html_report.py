@@ -16,7 +16,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,7 +124,7 @@ class _Run:
 
   def class_name(self, label: int) -> str:
     names = self.teacher.class_names
-    return names[label] if names else f'class {label}'
+    return names[label] if names else ''
 
 
 def write(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -289,16 +289,16 @@ def _curves(run: _Run) -> str:
         key,
         [svg.Curve(key, x, [100 * v for v in y] if share else y)],
         'step',
-        '% of a batch' if share else 'value',
+        '% of a batch' if share else key.split('/')[-1],
         marks,
         log=not share and min(y) > 0 and max(y) > 20 * min(y),
       )
     )
   return (
     '<p>Of single batches, as logged. generator/accuracy: synthetic images '
-    'that the teacher assigns to the class they were asked for; student/agreement: '
+    'that the teacher assigns to the class asked for; student/agreement: '
     'images on which the student answers as the teacher does. Dashed: where a '
-    'phase begins; generator/loss gains the class terms after the warm-up.</p>'
+    'phase begins; after the warm-up, generator/loss has class terms.</p>'
     + _charts(charts)
   )
 

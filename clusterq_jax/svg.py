@@ -29,7 +29,7 @@ _SHADES = np.array(
 )
 WIDE = 660  # two charts and the gap between them
 _WIDTH, _HEIGHT = 324, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 26, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 40
 
 
 class Curve(NamedTuple):
@@ -130,10 +130,10 @@ def curves(
   for tick in _ticks(x0, x1, log=False):
     parts.append(_text(px(tick), bottom + 15, f'{tick:.6g}', 'middle'))
   for x, name in marks:
-    if x0 <= x <= x1:
+    if x0 < x < x1:
       parts += [
         f'<path class="mark" d="M{px(x):.1f} {top}V{bottom}"/>',
-        _text(px(x) + 3, top + 9, name, 'small'),
+        _text(px(x), top - 2, name, 'middle small'),
       ]
   where = _LEFT
   for curve, color, dash in zip(of, CURVES, _DASHES, strict=False):
@@ -164,7 +164,7 @@ def curves(
       0,
       y_label,
       'middle',
-      f' transform="translate(11 {(top + bottom) / 2:.0f}) rotate(-90)"',
+      f' transform="translate(10 {(top + bottom) / 2:.0f}) rotate(-90)"',
     ),
   ]
   return _svg(width, height, title, parts)
