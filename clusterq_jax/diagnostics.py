@@ -88,16 +88,15 @@ def pooled_features(
 class Separation(NamedTuple):
   """How far apart classes are at one layer.
 
+  The unit is the spread within a class: the root of the mean squared distance
+  of an image to the mean of its class.
+
   Attributes:
-    distances: Euclidean, between the classes' mean features, [K, K], in units
-      of `spread`.
-    spread: of images within a class: root of the mean squared distance to the
-      class's mean.
-    ratio: root of the mean squared distance between two classes, over `spread`.
+    distances: Euclidean, between the means of two classes, [K, K].
+    ratio: the root of their mean square, over pairs of classes.
   """
 
   distances: np.ndarray
-  spread: float
   ratio: float
 
 
@@ -105,15 +104,11 @@ def _separation(
   mean: np.ndarray, var: np.ndarray, noise: np.ndarray
 ) -> Separation:
   """Of means and variances [K, C]; noise: variance of the means' error [K]."""
-  squared = np.square(mean[:, None] - mean[None]).sum(-1)
-  within = max(float(var.sum(-1).mean()), 1e-12)
+  unit = max(float(var.sum(-1).mean()), 1e-12)
+  squared = np.square(mean[:, None] - mean[None]).sum(-1) / unit
   pairs = squared[np.triu_indices(len(mean), 1)]
-  between = max(float(pairs.mean() - 2 * noise.mean()), 0.0)
-  return Separation(
-    distances=np.sqrt(squared / within),
-    spread=within**0.5,
-    ratio=(between / within) ** 0.5,
-  )
+  between = pairs.mean() - 2 * noise.mean() / unit
+  return Separation(np.sqrt(squared), float(np.sqrt(max(between, 0.0))))
 
 
 def separation_of_features(
@@ -126,7 +121,7 @@ def separation_of_features(
   groups = [features[labels == k] for k in np.unique(labels)]
   groups = [group for group in groups if len(group) > 1]
   if len(groups) < 2:
-    return Separation(np.zeros((0, 0)), math.nan, math.nan)
+    return Separation(np.zeros((0, 0)), math.nan)
   var = np.stack([group.var(0, ddof=1) for group in groups])
   counts = np.array([len(group) for group in groups])
   mean = np.stack([group.mean(0) for group in groups])

@@ -65,6 +65,7 @@ p { margin: 4px 0 10px; max-width: 80ch }
 .charts { display: flex; flex-wrap: wrap; gap: 8px 12px }
 table { border-collapse: collapse; font-size: 14px }
 td, th { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
+td:first-child { white-space: nowrap }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .striped tr:nth-child(even) { background: #f4f6f8 }
 .images td { vertical-align: middle; padding-bottom: 3px }
@@ -240,9 +241,7 @@ def _charts(charts: Iterable[str]) -> str:
   return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _table(
-  header: Sequence[str], rows: Iterable[Sequence[str]], style: str = 'striped'
-) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   """Cells are text; those of numbers stand to the right."""
 
   def row(cells: Sequence[str], tag: str) -> str:
@@ -254,7 +253,7 @@ def _table(
 
   lines = [row(header, 'th')] * bool(header) + [row(r, 'td') for r in rows]
   body = ''.join(f'<tr>{line}</tr>' for line in lines)
-  return f'<table class="{style}">{body}</table>'
+  return f'<table class="striped">{body}</table>'
 
 
 def _summary(run: _Run) -> str:
@@ -287,7 +286,7 @@ def _curves(run: _Run) -> str:
     charts.append(
       svg.curves(
         key,
-        [svg.Curve(key, x, [100 * v for v in y] if share else y)],
+        [svg.Curve('', x, [100 * v for v in y] if share else y)],
         'step',
         '% of a batch' if share else key.split('/')[-1],
         marks,
@@ -511,19 +510,8 @@ def _errors(run: _Run) -> str:
     ]
     for place, name in zip(places, names, strict=True)
   ]
-  header = (
-    '#',
-    'layer',
-    'weight bits',
-    'dB',
-    'levels %',
-    'clipped %',
-    'output bits',
-    'dB',
-    'own dB',
-    'levels %',
-    'clipped %',
-  )
+  header = '#|layer|weight bits|dB|levels %|clipped %'.split('|')
+  header += 'output bits|dB|own dB|levels %|clipped %'.split('|')
   return (
     '<p>Against the teacher. Weights: the quantized kernels against the '
     "teacher's, so that what training changed counts as noise too; levels in "

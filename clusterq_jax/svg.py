@@ -81,34 +81,32 @@ def curves(
   y_label: str,
   marks: Sequence[tuple[float, str]] = (),
   log: bool = False,
-  y_range: tuple[float, float] | None = None,
   width: int = _WIDTH,
 ) -> str:
   """Curves over one axis.
 
   Args:
     title: above the chart.
-    of: up to three curves; a legend where there are several.
+    of: up to three curves; a legend where they have names.
     x_label: name and unit of the axis.
     y_label: the same.
     marks: x and name of places to mark with a line.
     log: whether the y axis is logarithmic, all values being positive.
-    y_range: of the y axis; None: of the values.
     width: of the chart, pixels.
   """
   xs = np.concatenate([np.asarray(c.x, float) for c in of])
   ys = np.concatenate([np.asarray(c.y, float) for c in of])
   xs, ys = xs[np.isfinite(ys)], ys[np.isfinite(ys)]
-  (x0, x1), (y0, y1) = (xs.min(), xs.max()), y_range or (ys.min(), ys.max())
+  x0, x1, y0, y1 = xs.min(), xs.max(), ys.min(), ys.max()
   if x0 == x1:
     x0, x1 = x0 - 0.5, x1 + 0.5
   if y0 == y1:
     y0, y1 = (y0 / 2, y1 * 2) if log else (y0 - 0.5, y1 + 0.5)
-  if y_range is None and log:
+  if log:
     y0, y1 = y0 / 1.1, y1 * 1.1
-  elif y_range is None:
+  else:
     y0, y1 = y0 - 0.04 * (y1 - y0), y1 + 0.04 * (y1 - y0)
-  legend = 16 if len(of) > 1 else 0
+  legend = 16 if any(curve.name for curve in of) else 0
   top, height = _TOP + legend, _HEIGHT + legend
   bottom, right = height - _BOTTOM, width - _RIGHT
   scale = math.log if log else float
@@ -138,7 +136,7 @@ def curves(
   where = _LEFT
   for curve, color, dash in zip(of, CURVES, _DASHES, strict=False):
     points = [
-      (px(x), py(min(max(y, y0), y1)))
+      (px(x), py(y))
       for x, y in zip(curve.x, curve.y, strict=True)
       if math.isfinite(y)
     ]
