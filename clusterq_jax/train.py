@@ -242,12 +242,8 @@ def _quantize(
   # ------------------------------------------------- state: resume or begin
   init = jax.jit(steps.init, out_shardings=replicated)
   init_args = run.keys[_INIT], run.variables
-  abstract = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-    jax.eval_shape(init, *init_args),
-  )
   checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
-  restored = checkpoints.restore(abstract, say=print)
+  restored = checkpoints.restore(steps.abstract_state(*init_args), say=print)
   if restored is None:
     state, wall_before = init(*init_args), 0.0
     if config.generator.workdir:
