@@ -112,7 +112,8 @@ def defaults() -> ml_collections.ConfigDict:
   loss.features = 0.0  # distillation of features; not in the paper
 
   config.centroids = centroids = ml_collections.ConfigDict()
-  centroids.decay = 0.2  # beta: weight of the new statistics
+  # beta: weight of the new statistics; 0: centroids stay as initialised.
+  centroids.decay = 0.2
   centroids.first_layer = placeholder(int)  # None: (L + 1) // 2 - 2
   centroids.images_per_class = 32  # for their initialisation, on average
 
@@ -254,10 +255,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'config.generator.channels={values["generator.channels"]}: expected 2 '
       'or more numbers'
     )
-  if not 0 < values['centroids.decay'] <= 1:
+  if not 0 <= values['centroids.decay'] <= 1:
     raise InputError(
-      f'config.centroids.decay={values["centroids.decay"]}: expected a number '
-      'above 0, at most 1'
+      f'config.centroids.decay={values["centroids.decay"]}: expected 0 to 1'
     )
   _validate_schedule(config.schedule)
   if config.generator.workdir and config.schedule.joint_steps:

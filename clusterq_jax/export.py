@@ -34,6 +34,11 @@ _SELFTEST_IMAGES = 64
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
+def folder_of(config: ml_collections.ConfigDict, workdir: str) -> pathlib.Path:
+  """Where the files of a run are exported to."""
+  return pathlib.Path(config.export.folder or f'{workdir}/export')
+
+
 def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Writes the deployable files of a finished run into a new folder.
 
@@ -56,7 +61,7 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "--mode=export needs the package onnx: pip install 'clusterq-jax[onnx]' "
       'or pip install onnx'
     )
-  target = pathlib.Path(config.export.folder or f'{workdir}/export')
+  target = folder_of(config, workdir)
   if target.exists():
     raise InputError(
       f'{target} exists; remove it, or set config.export.folder to a new one'

@@ -5,8 +5,10 @@ BN, leaky ReLU -> x2 -> conv, BN, leaky ReLU -> conv -> tanh -> BN without gain
 and bias, which gives the images the scale of the teacher's normalised input.
 For ImageNet: z -> dense directly, and BatchNorms with a gain and a bias per
 class. Prototypes are this project's: some embeddings per class that stand
-beside z. A product of embedding and z, asked for 100 classes, was right on no
-image after 275 steps; prototypes have been tried with 10 classes only.
+beside z, with BatchNorm gains of their own where it is conditional. Asked for
+100 classes, a product of embedding and z was right on no image after 275 steps;
+prototypes on 75 % of a batch after 400, with conditional BatchNorm on 97 %.
+Without it, all images share their colours.
 More channels than three mean more doublings, from a smaller start.
 
 BatchNorm always uses the statistics of the batch, in training and after it, so
@@ -28,22 +30,22 @@ _INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class _BatchNorm(nn.Module):
-  """classes: 1, or K for gains and biases [K, C]; 0: neither."""
+  """gains: 1, or N for gains and biases [N, C]; 0: neither."""
 
-  classes: int = 1
+  gains: int = 1
 
   @nn.compact
-  def __call__(self, x, labels=None):
+  def __call__(self, x, kind=None):
     mean = jnp.mean(x, (0, 1, 2))
     var = jnp.maximum(jnp.mean(jnp.square(x), (0, 1, 2)) - mean**2, 0.0)
     gain = jax.lax.rsqrt(var + _EPSILON)
-    if not self.classes:
+    if not self.gains:
       return (x - mean) * gain
-    shape = mean.shape if self.classes == 1 else (self.classes, *mean.shape)
+    shape = mean.shape if self.gains == 1 else (self.gains, *mean.shape)
     scale = self.param('scale', nn.initializers.ones, shape)
     bias = self.param('bias', nn.initializers.zeros, shape)
-    if self.classes > 1:
-      scale, bias = scale[labels][:, None, None], bias[labels][:, None, None]
+    if self.gains > 1:
+      scale, bias = scale[kind][:, None, None], bias[kind][:, None, None]
     gain *= scale
     return x * gain + (bias - mean * gain)
 
@@ -111,7 +113,8 @@ class Generator(nn.Module):
     latent_dim: length of z.
     channels: of the feature maps, each but the first at twice the height and
       width of the one before; (128, 128, 64) is the paper's.
-    conditional: BatchNorm instead of the embedding tells the class.
+    conditional: BatchNorm instead of the embedding tells the class; with
+      prototypes, it too, and which of them.
     prototypes: embeddings per class, beside z instead of in a product with it;
       z chooses one. 0: the paper's ways.
     dtype: what convolutions compute in, see `convolution.conv2d`.
@@ -131,31 +134,33 @@ class Generator(nn.Module):
     height, width, depth = self.shape
     scale = 2 ** (len(self.channels) - 1)
     h, w = -(-height // scale), -(-width // scale)
+    kind, kinds = labels, self.num_classes
     if self.prototypes:
       # Equally likely, by the normal distribution of z.
       uniform = jax.scipy.special.ndtr(z[:, 0])
       chosen = jnp.minimum(
         (uniform * self.prototypes).astype(int), self.prototypes - 1
       )
-      own = self._embedding(self.prototypes)(labels * self.prototypes + chosen)
-      z = jnp.concatenate([z, own], -1)
+      kind = labels * self.prototypes + chosen
+      kinds *= self.prototypes
+      z = jnp.concatenate([z, self._embed(kind, kinds)], -1)
     elif not self.conditional:
-      z *= self._embedding(1)(labels)
-    classes = self.num_classes if self.conditional else 1
+      z *= self._embed(kind, kinds)
+    gains = kinds if self.conditional else 1
     dense = nn.Dense(h * w * self.channels[0], kernel_init=_INIT, name='dense')
     x = dense(z).reshape(-1, h, w, self.channels[0])
-    x = _BatchNorm(classes, name='bn0')(x, labels)
+    x = _BatchNorm(gains, name='bn0')(x, kind)
     for i, features in enumerate(self.channels[1:], 1):
       x = _Conv(features, True, self.dtype, name=f'conv{i}')(x)
-      x = nn.leaky_relu(_BatchNorm(classes, name=f'bn{i}')(x, labels), _SLOPE)
+      x = nn.leaky_relu(_BatchNorm(gains, name=f'bn{i}')(x, kind), _SLOPE)
     x = _Conv(depth, dtype=self.dtype, name='conv_out')(x)
     x = jnp.tanh(x + self.param('bias_out', nn.initializers.zeros, (depth,)))
-    return _BatchNorm(classes=0, name='bn_out')(x[:, :height, :width])
+    return _BatchNorm(gains=0, name='bn_out')(x[:, :height, :width])
 
-  def _embedding(self, per_class: int) -> nn.Module:
+  def _embed(self, kind: jax.Array, kinds: int) -> jax.Array:
     return nn.Embed(
-      self.num_classes * per_class,
+      kinds,
       self.latent_dim,
       embedding_init=nn.initializers.normal(1.0),
       name='embedding',
-    )
+    )(kind)

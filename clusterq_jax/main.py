@@ -1,7 +1,8 @@
 """The command line: flags and mode dispatch only.
 
     python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
-        [--mode=quantize|evaluate|export|dryrun] [--config.field=value ...]
+        [--mode=quantize|evaluate|export|report|dryrun] \
+        [--config.field=value ...]
 
 Where it is one of several processes, each is started with the same command; see
 `sharding.start`.
@@ -15,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from clusterq_jax import dryrun, export, report, sharding, train
+from clusterq_jax import dryrun, export, html_report, report, sharding, train
 from clusterq_jax.errors import InputError
 from clusterq_jax.preemption import Preempted
 
@@ -25,6 +26,7 @@ _MODES = {
   'quantize': train.quantize,
   'evaluate': train.evaluate,
   'export': export.export,
+  'report': html_report.write,
 }
 _MODE = flags.DEFINE_enum(
   'mode', 'quantize', [*_MODES, 'dryrun'], 'What to do.'

@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from clusterq_jax import metrics
+from clusterq_jax import forecast, metrics
 
 
 def _percent(value: float | None) -> str:
@@ -14,13 +14,29 @@ def _percent(value: float | None) -> str:
 def closing_table(
   results: dict[str, Any], config: ml_collections.ConfigDict, workdir: str
 ) -> str:
+  """The rows of `closing_rows`, aligned."""
+  return '\n' + metrics.table(closing_rows(results, config, workdir))
+
+
+def closing_rows(
+  results: dict[str, Any], config: ml_collections.ConfigDict, workdir: str
+) -> list[tuple[str, str]]:
   """What the user cares about, and where the files are.
 
   Args:
-    results: as in results.json.
+    results: as in results.json, or what `html_report.write` made of it.
     config: of the run.
     workdir: of the run.
+
+  Returns:
+    Names and values; the name '' goes on with the row before.
   """
+  if 'unfinished' in results:
+    rest = 'the same command with --mode=quantize goes on from there'
+    return [
+      ('not finished', f'{results["unfinished"]}; {rest}'),
+      *_reported(results, workdir),
+    ]
   teacher, student = results.get('teacher', {}), results.get('student', {})
   rows = [('teacher top-1', _percent(teacher.get('top1')))]
   top1 = student.get('top1')
@@ -49,6 +65,8 @@ def closing_table(
         f'{synthetic["agreement"]:.2f} % ({synthetic["n"]} images)',
       )
     )
+  if 'forecast' in results:
+    rows.append(('forecast of the drop', _forecast(results['forecast'])))
   if 'bits' in results:
     bits, size = results['bits'], results['size']
     before, after = size['teacher_bytes'], size['student_bytes']
@@ -79,6 +97,7 @@ def closing_table(
   )
   if 'export' in results:
     rows += _exported(results['export'])
+  rows += _reported(results, workdir)
   if config.eval.source == 'none':
     rows.append(
       (
@@ -86,7 +105,32 @@ def closing_table(
         '--mode=evaluate --config.eval.source=npz --config.eval.path=FILE',
       )
     )
-  return '\n' + metrics.table(rows)
+  return rows
+
+
+def _reported(results: dict[str, Any], workdir: str) -> list[tuple[str, str]]:
+  """What --mode=report has written."""
+  if 'report' not in results:
+    return []
+  rows = [('report', f'{workdir}/report.html')]
+  if results['report']['events']:
+    rows.append(('for TensorBoard', f'tensorboard --logdir={workdir}'))
+  else:
+    rows.append(('for TensorBoard', 'nothing yet: pip install tensorboardX'))
+  return rows
+
+
+def _forecast(drop: dict[str, float] | None) -> str:
+  count = len(forecast.coefficients()['networks'])
+  if drop is None:
+    return (
+      'none: further from the teacher than any student of the '
+      f'{count} networks it was fitted on'
+    )
+  return (
+    f'{drop["drop"]:.1f} points, {drop["low"]:.1f} to {drop["high"]:.1f} for 9 '
+    f'of 10 networks like the {count} it was fitted on: a hint, no measurement'
+  )
 
 
 def _exported(export: dict[str, Any]) -> list[tuple[str, str]]:

@@ -64,12 +64,8 @@ def take_generator(
       f'config.generator.workdir={folder}: its generator is of another config; '
       f'it differs in {"; ".join(changed)}'
     )
-  sharding = state.step.sharding
-  abstract = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-    jax.eval_shape(
-      experiment.make_steps(other, teacher).init, key, teacher.variables
-    ),
+  abstract = experiment.make_steps(other, teacher).abstract_state(
+    key, teacher.variables
   )
   checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
   restored = checkpoints.restore(abstract, say=print)

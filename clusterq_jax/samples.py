@@ -14,6 +14,19 @@ PICTURE = 'samples.png'
 ARRAYS = 'samples.npz'
 
 
+def grid(images: np.ndarray) -> np.ndarray:
+  """uint8 [rows, columns, H, W, C], C 1 or 3, to one RGB picture."""
+  rows, columns, height, width = images.shape[:4]
+  picture = np.full(
+    (rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8
+  )
+  for row in range(rows):
+    for column in range(columns):
+      top, left = row * (height + 1), column * (width + 1)
+      picture[top : top + height, left : left + width] = images[row, column]
+  return picture
+
+
 def save(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
   """Draws a grid of images, row by row; stores them for `data.read_npz`.
 
@@ -22,15 +35,7 @@ def save(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
     images: uint8 [rows, columns, H, W, C], C 1 or 3.
     labels: int [rows * columns], what was asked of the generator.
   """
-  rows, columns, height, width = images.shape[:4]
-  grid = np.full(
-    (rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8
-  )
-  for row in range(rows):
-    for column in range(columns):
-      top, left = row * (height + 1), column * (width + 1)
-      grid[top : top + height, left : left + width] = images[row, column]
-  picture = Image.fromarray(grid)
+  picture = Image.fromarray(grid(images))
   size = (picture.width * _ZOOM, picture.height * _ZOOM)
   temporary = folder / 'samples.tmp'
   picture.resize(size, Image.Resampling.NEAREST).save(temporary, 'PNG')

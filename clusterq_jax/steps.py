@@ -217,6 +217,14 @@ class Steps:
       bad_step=jnp.full((), -1, jnp.int32),
     )
 
+  def abstract_state(self, key: jax.Array, teacher: Any) -> TrainState:
+    """Shapes, dtypes and places of `init(key, teacher)`, for `Checkpoints`."""
+    everywhere = sharding.replicated(self.mesh)
+    return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
+      jax.eval_shape(self.init, key, teacher),
+    )
+
   def _trained(self, student: Any) -> Any:
     """The part of the student that its optimiser moves."""
     return student if self.plan.learned else {'params': student['params']}

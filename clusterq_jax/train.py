@@ -17,10 +17,13 @@ import ml_collections
 import numpy as np
 
 from clusterq_jax import (
+  augment,
   checkpoint,
   data,
   evaluation,
   experiment,
+  forecast,
+  losses,
   preemption,
   reuse,
   samples,
@@ -101,27 +104,45 @@ class _Run:
     args = (state, self.variables, self.keys[_CALIBRATION])
     return self.compile(self.steps.calibrate_student, *args, donate=True)(*args)
 
-  def synthetic_agreement(self, state: TrainState) -> dict[str, Any]:
-    """On images of the final generator, from noise never trained on."""
+  def on_synthetic(self, state: TrainState) -> dict[str, Any]:
+    """Student and teacher on images of the final generator, from unseen noise.
+
+    As they are, the two hardly ever disagree on them: the student was trained
+    on their like. Blended with one another they lie between classes, where real
+    images lie too.
+    """
     steps = self.steps
 
-    def answers(state, variables, key):
-      pixels = steps.preprocessing.to_pixels(
-        steps.generate(state.generator, key)[0]
-      )
-      x = steps.preprocessing.normalize(pixels)
+    def compare(state, variables, x):
       teacher = steps.teacher_logits(variables, x)
       student = steps.student_logits(state.student, variables, x)
-      return jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
+      agree = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
+      return agree, losses.distillation_loss(student, teacher)
+
+    def answers(state, variables, key):
+      image_key, mix_key = jax.random.split(key)
+      images, _ = steps.generate(state.generator, image_key)
+      x = steps.preprocessing.to_pixels(images)
+      x = steps.preprocessing.normalize(x)
+      blended = augment.mixup(mix_key, x, 1.0)
+      return [compare(state, variables, images) for images in (x, blended)]
 
     key = self.keys[_HELD_OUT]
     batches = -(-self.config.eval.synthetic_images // steps.batch_size)
     program = self.compile(answers, state, self.variables, key)
-    agree = [
+    found = [
       program(state, self.variables, k) for k in jax.random.split(key, batches)
     ]
-    right = np.concatenate(jax.device_get(agree))
-    return {'agreement': evaluation.percent(right), 'n': len(right)}
+    found = jax.device_get(found)
+    whole = np.concatenate([agree for (agree, _), _ in found])
+    blended = np.concatenate([agree for _, (agree, _) in found])
+    divergence = float(np.mean([divergence for _, (_, divergence) in found]))
+    return {
+      'agreement': evaluation.percent(whole),
+      'blended_agreement': evaluation.percent(blended),
+      'blended_divergence': round(divergence, 6),
+      'n': len(whole),
+    }
 
   def save_samples(self, state: TrainState, folder: pathlib.Path) -> None:
     classes = min(self.steps.num_classes, samples.ROWS)
@@ -221,12 +242,8 @@ def _quantize(
   # ------------------------------------------------- state: resume or begin
   init = jax.jit(steps.init, out_shardings=replicated)
   init_args = run.keys[_INIT], run.variables
-  abstract = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-    jax.eval_shape(init, *init_args),
-  )
   checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
-  restored = checkpoints.restore(abstract, say=print)
+  restored = checkpoints.restore(steps.abstract_state(*init_args), say=print)
   if restored is None:
     state, wall_before = init(*init_args), 0.0
     if config.generator.workdir:
@@ -244,7 +261,7 @@ def _quantize(
   # --------------------------------------------------- what came out of it
   state = run.settle(state)
   run.save_samples(state, folder)
-  synthetic = run.synthetic_agreement(state)
+  synthetic = run.on_synthetic(state)
   if not sharding.is_lead():
     return {}
   run.save_student(state, folder / student_lib.FILE)
@@ -254,6 +271,7 @@ def _quantize(
   params = run.variables['params']
   results |= {
     'synthetic': synthetic,
+    'forecast': forecast.drop(synthetic['blended_divergence']),
     'bits': {
       **dataclasses.asdict(bits),
       'input': plan_lib.WIDE_BITS,

@@ -83,6 +83,12 @@ def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     raise InputError(f'{folder}: cannot be written: {e.strerror}') from e
 
 
+def read_results(folder: pathlib.Path) -> dict[str, Any]:
+  """What results.json holds; nothing without it."""
+  file = folder / 'results.json'
+  return metrics.read_json(file) if file.exists() else {}
+
+
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
   """Adds to results.json, or replaces, the keys of `new`, one level deep.
 
@@ -91,8 +97,7 @@ def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
   Returns:
     All that results.json then holds.
   """
-  file = folder / 'results.json'
-  results = metrics.read_json(file) if file.exists() else {}
+  results = read_results(folder)
   for key, value in new.items():
     old = results.get(key)
     if isinstance(old, dict) and isinstance(value, dict):
@@ -100,5 +105,5 @@ def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
       value = {**value, **old, **measured}
     if value is not None or key not in results:
       results[key] = value
-  metrics.write_json(file, results)
+  metrics.write_json(folder / 'results.json', results)
   return results

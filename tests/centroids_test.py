@@ -80,6 +80,16 @@ def test_update():
   np.testing.assert_array_equal(moved.seen, [True, True, True, False])
 
 
+def test_without_decay_centroids_stay_as_first_seen():
+  old = _old()
+  moved = centroids.update(old, _moments(1), _classes(valid=_VALID), 0.0)
+  for before, after in zip(
+    jax.tree.leaves(old.layers), jax.tree.leaves(moved.layers), strict=True
+  ):
+    np.testing.assert_array_equal(after[old.seen], before[old.seen])
+    assert not np.array_equal(after[2], before[2])  # seen for the first time
+
+
 def test_repeated_updates_are_an_exponential_average():
   state, classes = centroids.empty(4, _CHANNELS), _classes([0, 0, 1, 1, 1])
   batches = [_moments(seed) for seed in (1, 2, 3)]

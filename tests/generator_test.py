@@ -68,7 +68,7 @@ def test_deterministic_and_without_order():
 
 
 @pytest.mark.parametrize(
-  ('conditional', 'prototypes'), [(False, 0), (True, 0), (False, 3)]
+  ('conditional', 'prototypes'), [(False, 0), (True, 0), (False, 3), (True, 3)]
 )
 def test_labels_and_noise_decide_the_image(conditional, prototypes):
   variables, apply = _made((28, 28, 1), conditional, prototypes)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import clusterq_jax
-from clusterq_jax import data, train, weights
+from clusterq_jax import data, forecast, train, weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.evaluation import on_images
 from clusterq_jax.layers import fake_quant
@@ -56,14 +56,17 @@ def test_results(finished):
   results = _results(finished.workdir)
   assert results == finished.results
   assert set(results) == set(
-    'teacher student synthetic bits size steps seed wall_s compile_s '
-    'images_per_s peak_rss_mb devices'.split()
+    'teacher student synthetic forecast bits size steps seed wall_s '
+    'compile_s images_per_s peak_rss_mb devices'.split()
   )
   assert results['teacher'] == {'top1': None}
   assert results['student'] == {'top1': None, 'n': None, 'agreement': None}
-  assert set(results['synthetic']) == {'agreement', 'n'}
-  assert results['synthetic']['n'] == 2048
-  assert 25 < results['synthetic']['agreement'] <= 100
+  synthetic = results['synthetic']
+  assert synthetic['n'] == 2048
+  assert 25 < synthetic['agreement'] <= 100
+  assert 25 < synthetic['blended_agreement'] <= 100
+  assert synthetic['blended_agreement'] != synthetic['agreement']
+  assert results['forecast'] == forecast.drop(synthetic['blended_divergence'])
   assert results['bits'] == {
     'weights': 4,
     'activations': 4,

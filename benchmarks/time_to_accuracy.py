@@ -1,0 +1,280 @@
+"""Seconds until a student loses no more than the paper's does.
+
+    python benchmarks/time_to_accuracy.py [--seeds 0 1 2]
+
+Ours, the same without class terms, and calibration without training, in one
+process, on one machine. See README.md in this folder.
+"""
+
+import argparse
+import functools
+import os
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import accuracy
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clusterq_jax import config as config_lib
+from clusterq_jax import evaluation, experiment, sharding, train
+from clusterq_jax.quant import numerics
+
+# Of ClusterQ at W4A4, in points: arXiv 2205.00179, table I.
+PUBLISHED = {
+  'cifar10_resnet20_fast': 93.89 - 92.06,
+  'cifar100_variant': 70.33 - 67.09,
+}
+OURS, PLAIN = 'ours', 'ours without class terms'
+# Points of a method's course: seconds so far, and drop in percentage points.
+Course = list[tuple[float, float]]
+
+
+class Clock:
+  """Seconds inside `with` blocks, without those of a compiler."""
+
+  def __init__(self, compiler: train.Compiler):
+    self.seconds, self._compiler = 0.0, compiler
+
+  def __enter__(self):
+    self._start = time.monotonic() - self._compiler.seconds
+
+  def __exit__(self, *_):
+    self.seconds += time.monotonic() - self._compiler.seconds - self._start
+
+
+class Bench:
+  """A run of a config without joint steps, step by step, and evaluations."""
+
+  def __init__(self, config, images):
+    self.config, self.images = config, images
+    self.teacher = experiment.load_teacher(config)
+    self.steps = experiment.make_steps(config, self.teacher)
+    self.compile = train.Compiler(self.steps.mesh)
+    self.clock = Clock(self.compile)
+    everywhere = sharding.replicated(self.steps.mesh)
+    root = jax.random.key(config.seed)
+    # The streams of `train.quantize`: this is the run that it would be.
+    self.keys = jax.device_put(
+      [jax.random.fold_in(root, i) for i in range(4)], everywhere
+    )
+    self.variables = jax.device_put(self.teacher.variables, everywhere)
+    init = jax.jit(self.steps.init, out_shardings=everywhere)
+    self.state = init(self.keys[0], self.variables)
+    self._logits = jax.jit(self._network)
+
+  def _network(self, student, variables, pixels):
+    x = self.teacher.preprocessing.normalize(pixels)
+    if student is None:
+      return self.steps.teacher_logits(variables, x)
+    return self.steps.student_logits(student, variables, x)
+
+  def top1(self, student) -> float:
+    """In percent; of the teacher, if student is None."""
+    logits = functools.partial(self._logits, student, self.variables)
+    size = self.config.eval.batch_size
+    found = evaluation.predictions([logits], self.images.images, size)
+    return evaluation.percent(found[0] == self.images.labels)
+
+  def _transition(self, function, key):
+    args = self.state, self.variables, key
+    program = self.compile(function, *args, donate=True)
+    with self.clock:
+      self.state = jax.block_until_ready(program(*args))
+
+  def train(self, function, count: int, every: int) -> Iterator[None]:
+    """Yields after every so many steps, with the clock stopped."""
+    args = self.variables, self.keys[1]
+    program = self.compile(function, self.state, *args, donate=True)
+    for start in range(0, count, every):
+      with self.clock:
+        for _ in range(min(every, count - start)):
+          self.state, _ = program(self.state, *args)
+        jax.block_until_ready(self.state)
+      yield
+
+  def make_generator(self) -> None:
+    """From nothing to the first student step, all quantizers set."""
+    steps, s = self.steps, self.config.schedule
+    list(self.train(steps.warmup_step, s.warmup_steps, s.warmup_steps))
+    images = self.config.centroids.images_per_class * steps.num_classes
+    keys = jax.random.split(self.keys[2], -(-images // steps.batch_size))
+    self._transition(steps.initialize_centroids, keys)
+    list(self.train(steps.generator_step, s.generator_steps, s.generator_steps))
+    self._transition(steps.calibrate_student, self.keys[3])
+
+  def train_student(self, teacher: float, every: int) -> Course:
+    course = [(self.clock.seconds, teacher - self.top1(self.state.student))]
+    count = self.config.schedule.student_steps
+    for _ in self.train(self.steps.student_step, count, every):
+      drop = teacher - self.top1(self.state.student)
+      course.append((self.clock.seconds, drop))
+    return course
+
+
+def flip(errors: np.ndarray, codes: np.ndarray, count: int, high: int) -> None:
+  """Moves codes to their other neighbour until the errors add up to about 0.
+
+  Args:
+    errors: exact codes minus `codes`, [N]; changed in place.
+    codes: integers, [N]; changed in place.
+    count: of codes to move up, or, if negative, down.
+    high: no magnitude beyond it.
+  """
+  sign = np.sign(count)
+  free = (errors * sign > 0) & (np.abs(codes + sign) <= high)
+  chosen = np.argsort(np.where(free, -errors * sign, 1.0))[: abs(count)]
+  chosen = chosen[free[chosen]]
+  codes[chosen] += sign
+  errors[chosen] -= sign
+
+
+def squant(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
+  """Rounds a kernel so that errors cancel within a window and a channel.
+
+  After SQuant (Guo et al. 2022, arXiv 2202.07471): closed form, no data. Its
+  restriction of the channel's flips to one per window is left out.
+
+  Args:
+    kernel: [H, W, C, O] or [C, O].
+    step: [O].
+    bits: of weights.
+  """
+  _, high = numerics.weight_range(bits)
+  exact = np.clip(kernel / step, -high, high)
+  exact = exact.reshape(-1, *kernel.shape[-2:])  # [window, C, O]
+  codes = np.round(exact)
+  errors = exact - codes
+  for o in range(kernel.shape[-1]):
+    for c in range(kernel.shape[-2]) if len(exact) > 1 else ():
+      e, q = errors[:, c, o].copy(), codes[:, c, o].copy()
+      flip(e, q, int(np.round(e.sum())), high)
+      errors[:, c, o], codes[:, c, o] = e, q
+    e, q = errors[:, :, o].ravel(), codes[:, :, o].ravel()
+    flip(e, q, int(np.round(e.sum())), high)
+    codes[:, :, o] = q.reshape(codes.shape[:2])
+  return (codes.reshape(kernel.shape) * step).astype(np.float32)
+
+
+def calibrated(bench: Bench, minmax, teacher: float) -> dict[str, Course]:
+  """Students that saw the generator's images once, and were not trained.
+
+  Args:
+    bench: with a generator and a calibrated student.
+    minmax: its config, with ranges by largest magnitude.
+    teacher: its top-1 in percent.
+  """
+  courses = {}
+  before, student = bench.clock.seconds, bench.state.student
+  courses['MSE ranges'] = [(before, teacher - bench.top1(student))]
+
+  start = time.monotonic()
+  params = {k: dict(v) for k, v in jax.device_get(student['params']).items()}
+  for name, bits in bench.steps.plan.weights:
+    step = np.exp(student['quant'][name]['weights'])
+    params[name]['kernel'] = squant(params[name]['kernel'], step, bits)
+  seconds = before + time.monotonic() - start
+  top1 = bench.top1({**student, 'params': jax.tree.map(jnp.asarray, params)})
+  courses['MSE ranges, closed-form rounding'] = [(seconds, teacher - top1)]
+
+  other = Bench(minmax, bench.images)
+  other.state = other.state.replace(generator=bench.state.generator)
+  args = other.state, other.variables, other.keys[3]
+  state = other.compile(other.steps.calibrate_student, *args)(*args)
+  top1 = other.top1(state.student)
+  # `before` holds a calibration already, of the other kind.
+  courses['min-max ranges'] = [(before, teacher - top1)]
+  return courses
+
+
+def read_config(name: str, seed: int, fields: dict[str, Any]):
+  path = accuracy.ROOT / 'configs' / f'{name}.py'
+  config = runpy.run_path(str(path))['get_config']()
+  given = {k: str(v) for k, v in accuracy.inputs(name)[1].items()}
+  config.update_from_flattened_dict({**given, 'seed': seed, **fields})
+  config_lib.validate(config)
+  return config
+
+
+def measure(
+  name: str, seed: int, every: int, fields: dict[str, Any]
+) -> dict[str, Course]:
+  """The course of every method with one seed; fields: of the config."""
+  ours = read_config(name, seed, fields)
+  plain = read_config(name, seed, fields | accuracy.VARIANTS['no_class_terms'])
+  minmax = read_config(name, seed, fields | {'quant.ranges': 'minmax'})
+  images = experiment.load_images(ours, experiment.load_teacher(ours))
+  courses: dict[str, Course] = {}
+  for method, config in ((OURS, ours), (PLAIN, plain)):
+    bench = Bench(config, images)
+    teacher = bench.top1(None)
+    bench.make_generator()
+    new = calibrated(bench, minmax, teacher) if method == OURS else {}
+    new[method] = bench.train_student(teacher, every)
+    print(f'seed {seed}, compiled in {bench.compile.seconds:.0f} s', flush=True)
+    for label, course in new.items():
+      points = ', '.join(f'{s:.0f} s {drop:.2f}' for s, drop in course)
+      print(f'  {label}: {points}', flush=True)
+    courses |= new
+  return courses
+
+
+def reached(course: Course, target: float) -> float | None:
+  return next((s for s, drop in course if drop <= target), None)
+
+
+def table(runs: list[dict[str, Course]], target: float) -> Iterator[str]:
+  """Lines of a Markdown table; figures are means over the seeds."""
+  header = f'time to a drop of {target:.2f}'
+  yield f'| method | {header} | ratio | end | drop there |'
+  yield '|---|---|---|---|---|'
+  ours: float | None = None
+  for method in (OURS, *(m for m in runs[0] if m != OURS)):
+    courses = [run[method] for run in runs]
+    found = [reached(c, target) for c in courses]
+    times = [t for t in found if t is not None]
+    cell, ratio = f'never ({len(runs)} seeds)', ''
+    if times:
+      mean = statistics.mean(times)
+      cell = f'{mean:.0f} s ({len(times)} of {len(runs)} seeds)'
+      if len(times) == len(runs):
+        ours = mean if method == OURS else ours
+        ratio = f'x{mean / ours:.2f}' if ours else ''
+    end = statistics.mean(c[-1][0] for c in courses)
+    drops = accuracy.spread([c[-1][1] for c in courses])
+    yield f'| {method} | {cell} | {ratio} | {end:.0f} s | {drops} |'
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add = parser.add_argument
+  add('--config', choices=PUBLISHED, default='cifar10_resnet20_fast')
+  add('--seeds', type=int, nargs='+', default=[0, 1, 2])
+  add('--every', type=int, default=25, help='student steps per evaluation')
+  add('--steps', type=int, nargs=3, help='warm-up, generator, student: a trial')
+  args = parser.parse_args()
+  overrides = {}
+  if args.steps:
+    names = ('warmup_steps', 'generator_steps', 'student_steps', 'pool_batches')
+    counts = (*args.steps, args.steps[1])
+    fields = (f'schedule.{name}' for name in names)
+    overrides = dict(zip(fields, counts, strict=True))
+  target = PUBLISHED[args.config]
+  machine = accuracy.machine()
+  print(
+    f'{args.config}, W4A4, {accuracy.code()}, {machine["cores"]} cores, '
+    f'{machine["cpu"]}, load average {os.getloadavg()[0]:.2f} at start'
+  )
+  runs = [measure(args.config, s, args.every, overrides) for s in args.seeds]
+  print('\n'.join(table(runs, target)))
+  print(f'load average {os.getloadavg()[0]:.2f} at the end')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,82 @@
+"""The forecast: what its interval is, where it is none, how it is fitted."""
+
+import json
+import pathlib
+import runpy
+
+import ml_collections
+import pytest
+
+from clusterq_jax import forecast, report
+
+_BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / 'benchmarks'
+
+
+@pytest.fixture
+def coefficients(monkeypatch, tmp_path):
+  file = tmp_path / 'forecast.json'
+  monkeypatch.setattr(forecast, 'FILE', file)
+  values = {'slope': 20.0, 'factor': 2.0, 'margin': 0.25}
+  values |= {'largest_divergence': 0.2, 'networks': {'a': 3, 'b': 3, 'c': 2}}
+  file.write_text(json.dumps(values))
+  return values
+
+
+def test_drop(coefficients):
+  assert forecast.drop(0.1) == {'drop': 2.0, 'low': 0.75, 'high': 4.25}
+  assert forecast.drop(0.0) == {'drop': 0.0, 'low': -0.25, 'high': 0.25}
+
+
+@pytest.mark.parametrize('divergence', [0.21, float('inf'), float('nan')])
+def test_none_beyond_what_it_was_fitted_on(coefficients, divergence):
+  assert forecast.drop(divergence) is None
+
+
+def test_the_one_in_the_package():
+  c = forecast.coefficients()
+  assert len(c['networks']) >= 3
+  assert c['factor'] > 1
+  assert c['margin'] > 0
+  assert forecast.drop(c['largest_divergence']) is not None
+
+
+@pytest.mark.parametrize(
+  ('divergence', 'expected'),
+  [(0.1, '2.0 points, 0.8 to 4.2'), (0.5, 'none: further')],
+)
+def test_closing_table(coefficients, divergence, expected):
+  config = ml_collections.ConfigDict({'eval': {'source': 'npz'}})
+  results = {'forecast': forecast.drop(divergence)}
+  table = report.closing_table(results, config, 'runs/mine')
+  (line,) = [x for x in table.splitlines() if 'forecast' in x]
+  assert expected in line
+  assert ' the 3 ' in line
+
+
+def _record(drop, divergence):
+  return {
+    'drop': drop,
+    'commit': 'abc',
+    'synthetic': {'blended_divergence': divergence},
+  }
+
+
+def test_fit(monkeypatch):
+  monkeypatch.syspath_prepend(str(_BENCHMARKS))
+  fit = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['fit']
+  # Slopes 10, 20 and 40, whatever the number of runs; no scatter but one's.
+  found = fit(
+    {
+      'a': [_record(1.0, 0.1), _record(2.0, 0.2), _record(3.0, 0.3)],
+      'b': [_record(1.9, 0.1), _record(2.1, 0.1)],
+      'c': [_record(4.0, 0.1), _record(8.0, 0.2)],
+    }
+  )
+  assert found['slope'] == pytest.approx(20)
+  # t(0.95, 2) = 2.920, of a standard deviation of ln 2 and one network more.
+  assert found['factor'] == pytest.approx(
+    2 ** (2.920 * (4 / 3) ** 0.5), rel=0.01
+  )
+  # t(0.95, 4) = 2.132, of 0.02 / 4 squared.
+  assert found['margin'] == pytest.approx(2.132 * 0.005**0.5, abs=2e-3)
+  assert found['largest_divergence'] == 0.3
