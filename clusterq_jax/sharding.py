@@ -7,7 +7,6 @@ the same numbers; the first one alone, the lead, writes files and speaks.
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -20,11 +19,6 @@ from clusterq_jax.errors import InputError
 _PROCESSES = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 # The others wait this long, at their end, while the lead evaluates.
 _WAIT_S = 24 * 3600
-
-
-# Reads one line, or says what it was given when the writer is gone without one.
-_WATCH = 'trap "" INT TERM HUP; read -r line || printf "%s\\n" "$0" >&2'
-_watchers: list[subprocess.Popen] = []
 
 
 def start(
@@ -69,8 +63,6 @@ def start(
     raise InputError(
       f'--distributed={mode}: {reason}; --distributed=off is for one process'
     ) from e
-  if jax.distributed.is_initialized():
-    _watch()
   return (
     f'process {jax.process_index()} of {jax.process_count()}, '
     f'{jax.local_device_count()} of {jax.device_count()} devices: '
@@ -83,38 +75,16 @@ def is_lead() -> bool:
   return jax.process_index() == 0
 
 
-def _watch() -> None:
-  """Has the user told, should this process end without `leave`.
-
-  JAX's runtime aborts a process whose lead is gone, from a thread of its own,
-  after pages of C++; nothing in the process can speak after that.
-  """
-  me = f'process {jax.process_index()} of {jax.process_count()}'
-  text = (
-    f'error: {me} was killed, or ended by JAX because another one is gone; '
-    'start all of them again with the same command: it resumes from the last '
-    'checkpoint'
-  )
-  _watchers.append(
-    subprocess.Popen(['/bin/sh', '-c', _WATCH, text], stdin=subprocess.PIPE)
-  )
-
-
 def leave(code: int) -> int:
-  """The end of a process; returns its exit code.
+  """Ends a failed process of several at once; else returns the code.
 
-  A failed one of several ends at once: an orderly exit would wait for the
-  others, and they for this one. They stop when it is gone.
+  An orderly exit would wait for the others, and they for this one: they stop
+  when it is gone.
   """
-  if jax.distributed.is_initialized():
+  if code and jax.distributed.is_initialized():
     sys.stdout.flush()
     sys.stderr.flush()
-    if not code:
-      jax.distributed.shutdown()  # waits for the others
-    for watcher in _watchers:
-      watcher.communicate(b'\n')
-    if code:
-      os._exit(code)
+    os._exit(code)
   return code
 
 

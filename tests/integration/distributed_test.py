@@ -179,18 +179,3 @@ def test_two_processes(start, logged, finished, tmp_path):
         step,
         name,
       )
-
-
-def test_the_lead_is_killed(start, logged):
-  """JAX aborts the other one, or its next step fails: it says so either way."""
-  lead, other = start('flags')
-  _wait(lead, logged)
-  lead.kill()
-  killed_at = time.monotonic()
-  codes, said = _end((lead, other))
-  assert time.monotonic() - killed_at < 60
-  assert codes[0] == -9
-  assert codes[1] in (1, -signal.SIGABRT)
-  last = said[1].splitlines()[-1]
-  assert last.startswith('error: process 1 of 2 ')
-  assert 'the same command' in last
