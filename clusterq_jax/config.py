@@ -26,6 +26,7 @@ _CHOICES = {
   'quant.ranges': ('minmax', 'learned'),
   'student.optimizer': ('sgd', 'adam'),
   'loss.class_reduction': ('sum', 'mean'),
+  'loss.relative': ('none', 'noise', 'all'),
   'schedule.lr_decay': ('step', 'cosine'),
   'eval.source': ('none', 'fashion_mnist', 'npz', 'folder', 'tfds'),
   'eval.network': ('student', 'teacher', 'integer'),
@@ -105,7 +106,9 @@ def defaults() -> ml_collections.ConfigDict:
   loss.sfda = 0.9  # a2
   loss.diversity = 0.6  # a3
   loss.noise = (0.5, 1.0)  # lambda_mu, lambda_sigma
-  loss.noise_relative = False  # to the stored std of each channel
+  # What is relative to the stored std of each channel: the noise of the
+  # diversity term, or all statistics, the noise on them too.
+  loss.relative = 'none'
   loss.class_reduction = 'sum'  # over classes
   loss.student_cross_entropy = 1.0
   loss.distillation = 1.0  # gamma
@@ -187,7 +190,7 @@ def fast() -> ml_collections.ConfigDict:
   config.loss.student_cross_entropy = 0.0
   config.loss.features = 100.0
   config.loss.noise = (0.2, 0.2)
-  config.loss.noise_relative = True
+  config.loss.relative = 'noise'
   config.loss.class_reduction = 'mean'
   config.schedule.batch_size = 64
   config.schedule.warmup_steps = 200

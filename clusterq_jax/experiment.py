@@ -95,7 +95,7 @@ def make_steps(
       sfda=loss.sfda,
       diversity=loss.diversity,
       noise=tuple(loss.noise),
-      noise_relative=loss.noise_relative,
+      relative=loss.relative,
       class_reduction=loss.class_reduction,
       centroid_decay=config.centroids.decay,
       student_cross_entropy=loss.student_cross_entropy,

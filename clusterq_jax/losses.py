@@ -72,6 +72,24 @@ def _distance(a: Statistics, b: Statistics) -> jax.Array:
   )
 
 
+def relative(
+  statistics: Sequence[Statistics], stored: Sequence[Statistics]
+) -> list[Statistics]:
+  """Statistics in units of the stored standard deviation of each channel.
+
+  Their distances weigh channels and layers alike, whatever the scale that a
+  BatchNorm undoes. Not in the paper.
+
+  Args:
+    statistics: [..., C_l] per layer.
+    stored: [C_l] per layer.
+  """
+  return [
+    Statistics(mean / unit, std / unit)
+    for (mean, std), (_, unit) in zip(statistics, stored, strict=True)
+  ]
+
+
 def statistics_loss(
   batch: Sequence[Statistics], stored: Sequence[Statistics]
 ) -> jax.Array:

@@ -59,7 +59,7 @@ class LossWeights:
   sfda: float  # a2
   diversity: float  # a3
   noise: tuple[float, float]  # lambda_mu, lambda_sigma
-  noise_relative: bool
+  relative: str  # what is, to the stored std of each channel
   class_reduction: str
   centroid_decay: float  # beta
   student_cross_entropy: float
@@ -278,24 +278,33 @@ class Steps:
     stored = losses.stored_statistics(teacher['batch_stats'], names)
     w = self.weights
 
+    def comparable(found):
+      """Statistics of the last len(found) layers, [..., C_l], for a loss."""
+      if w.relative != 'all':
+        return found
+      return losses.relative(found, stored[-len(found) :])
+
     def loss_fn(params):
       images, labels = self.generate(params, image_key)
       x = self._augment(augment_key, images) if augmented else images
       answers, moments = self.teach(teacher, x)
       logits = answers.logits
-      batch = [statistics.batch_statistics(m) for m in moments]
+      batch = comparable([statistics.batch_statistics(m) for m in moments])
       terms = {
         'inception': losses.inception_loss(logits, labels),
-        'statistics': losses.statistics_loss(batch, stored),
+        'statistics': losses.statistics_loss(batch, comparable(stored)),
       }
       loss = terms['inception'] + w.statistics * terms['statistics']
       centroids = state.centroids
       if class_terms:
         classes = statistics.classes_of(labels, logits)
         semantic = moments[self._semantic]
-        found = [statistics.class_statistics(m, classes) for m in semantic]
+        found = comparable(
+          [statistics.class_statistics(m, classes) for m in semantic]
+        )
         expected, share = centroids_lib.expected(centroids, classes)
-        relative = stored[self._semantic] if w.noise_relative else None
+        expected = comparable(expected)
+        relative = stored[self._semantic] if w.relative == 'noise' else None
         terms['sfda'] = losses.sfda_loss(
           found, expected, share, w.class_reduction
         )

@@ -23,8 +23,12 @@ def get_config():
   config.teacher.num_classes = 1000
   config.quant.weight_bits = 8
   config.quant.activation_bits = 8
+  config.generator.conditional = True
+  config.generator.prototypes = 1  # seen a few times each as it is
+  config.loss.relative = 'all'
+  config.loss.statistics = 10.0
   config.generator.channels = (128, 96, 64, 32, 16, 8)
-  config.centroids.images_per_class = 4
+  config.centroids.images_per_class = 1
   config.schedule.batch_size = 16
   config.schedule.warmup_steps = 300
   config.schedule.generator_steps = 200

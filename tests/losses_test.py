@@ -351,6 +351,23 @@ def test_noise_relative_to_the_stored_std():
     )
 
 
+def test_relative_statistics_do_not_depend_on_the_scale_of_a_channel():
+  found, stored = _classes(0), _classes(1)
+  stored = [Statistics(s.mean[0], s.std[0] + 0.1) for s in stored]
+
+  def distance(scale):
+    scaled = [
+      [Statistics(s.mean * scale, s.std * scale) for s in statistics]
+      for statistics in (found, stored)
+    ]
+    return losses.statistics_loss(
+      losses.relative(scaled[0], scaled[1]),
+      losses.relative(scaled[1], scaled[1]),
+    )
+
+  np.testing.assert_allclose(distance(7.0), distance(1.0), rtol=1e-5)
+
+
 def test_noisy_stds_are_clipped_at_zero():
   centroids = _classes(1, (500,))
   targets = _targets(_KEY, centroids, (1.0, 3.0))[0]
