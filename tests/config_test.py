@@ -131,6 +131,7 @@ def test_differences_leave_out_what_may_differ(field, value):
     ('teacher.mean', ('a',), 'finite numbers'),
     ('teacher.image_size', (0, 8), 'whole numbers above 0'),
     ('generator.channels', (8,), '2 or more numbers'),
+    ('loss.relative', 'some', 'noise'),
     ('loss.noise', (0.5,), '2 numbers'),
     ('centroids.decay', -0.1, '0 to 1'),
     ('centroids.decay', 1.5, '0 to 1'),
