@@ -31,6 +31,8 @@ _CHOICES = {
   'eval.source': ('none', 'fashion_mnist', 'npz', 'folder', 'tfds'),
   'eval.network': ('student', 'teacher', 'integer'),
 }
+# Tuples of sizes; the others are of numbers of any kind.
+_SIZES = ('teacher.image_size', 'generator.channels', 'schedule.lr_boundaries')
 # Smallest value allowed.
 _AT_LEAST = {
   'schedule.batch_size': 2,
@@ -48,6 +50,7 @@ _AT_LEAST = {
   'report.log_every': 1,
   'report.trace_steps': 0,
   'checkpoint_every': 1,
+  'schedule.lr_factor': 0.0,
   'generator.lr': 0.0,
   'student.lr': 0.0,
   'student.quant_lr': 0.0,
@@ -225,6 +228,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for field in values.keys() ^ known.keys():
     problem = 'unknown' if field in values else 'missing'
     raise InputError(f'config.{field}: {problem} field')
+  for field, value in values.items():
+    _check_type(field, value, known[field])
   try:
     registry.architecture(values['teacher.arch'])
   except InputError as e:
@@ -241,8 +246,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'config.{field}={values[field]!r}: expected at least {least}'
       )
   for field, value in values.items():
-    if isinstance(value, float) and not math.isfinite(value):
-      raise InputError(f'config.{field}={value}: expected a finite number')
     if field.endswith('_bits') and value is not None:
       if value not in numerics.BITS:
         raise InputError(f'config.{field}={value}: expected 2 to 8')
@@ -266,6 +269,43 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'move generator and student together; expected '
       'config.schedule.joint_steps=0'
     )
+
+
+def _is_number(value: Any) -> bool:
+  """A finite one, that fits into 32 bits where it is whole."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return False
+  if isinstance(value, int):
+    return -(2**31) <= value < 2**31
+  return math.isfinite(value)
+
+
+def _check_type(field: str, value: Any, default: Any) -> None:
+  """Refuses a value of another type than the field has."""
+  section, _, name = field.rpartition('.')
+  known = defaults()
+  kind = (known[section] if section else known).get_type(name)
+  if value is None and default is None:
+    return
+  expected, fits = {
+    bool: ('True or False', isinstance(value, bool)),
+    int: (
+      'a whole number of 32 bits',
+      _is_number(value) and isinstance(value, int),
+    ),
+    float: ('a finite number', _is_number(value)),
+    str: ('a text', isinstance(value, str) and '\0' not in value),
+    tuple: (
+      'whole numbers above 0' if field in _SIZES else 'finite numbers',
+      isinstance(value, (tuple, list))
+      and all(map(_is_number, value))
+      and (
+        field not in _SIZES or all(isinstance(n, int) and n > 0 for n in value)
+      ),
+    ),
+  }[kind]
+  if not fits:
+    raise InputError(f'config.{field}={value!r}: expected {expected}')
 
 
 def _validate_schedule(schedule: ml_collections.ConfigDict) -> None:

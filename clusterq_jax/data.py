@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clusterq_jax import image_files
-from clusterq_jax.errors import InputError
+from clusterq_jax.errors import InputError, check_archive
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 FASHION_MNIST_CLASSES = (
@@ -123,6 +123,7 @@ def read_npz(path: str) -> Images:
     InputError: missing, not an .npz, or other contents, named.
   """
   try:
+    check_archive(path)
     with np.load(path, allow_pickle=False) as file:
       missing = {'images', 'labels'} - set(file.files)
       if missing:

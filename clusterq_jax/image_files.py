@@ -24,6 +24,10 @@ from PIL import Image
 
 from clusterq_jax.errors import InputError
 
+# Pillow's names of what the suffixes stand for. It goes by contents, and some
+# that it knows run programs: PostScript.
+_FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
+_PIXELS = 2**26  # of an image at most, before and after it is resized
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tiff', '.webp')
 _LABELS = 'labels.csv'
 _SPLITS = ('validation', 'test')  # ImageNet's test images have no labels
@@ -61,11 +65,13 @@ class ImageFiles:
   def _decode(self, index: int) -> np.ndarray:
     _, height, width, channels = self.shape
     try:
-      with Image.open(self.open(index)) as file:
+      with Image.open(self.open(index), formats=_FORMATS) as file:
+        _check_pixels(file.size)
         image = file.convert('L' if channels == 1 else 'RGB')
       if self.resize:
         scale = self.resize / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
+        _check_pixels(size)
         image = image.resize(size, Image.Resampling.BICUBIC)
       left, top = (image.width - width) // 2, (image.height - height) // 2
       if left < 0 or top < 0:
@@ -79,6 +85,14 @@ class ImageFiles:
       reason = ' '.join(str(e).split()) or type(e).__name__
       self.broken[index] = f'{self.name(index)}: {reason}'
       return np.zeros((height, width, channels), np.uint8)
+
+
+def _check_pixels(size: tuple[int, int]) -> None:
+  width, height = size
+  if width * height > _PIXELS:
+    raise ValueError(
+      f'{width} x {height} pixels; expected at most {_PIXELS:,} in all'
+    )
 
 
 def read_folder(
@@ -209,19 +223,22 @@ def _from_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
   paths, labels = [], []
   with table.open(newline='', encoding='utf-8', errors='replace') as file:
     rows = csv.DictReader(file)
-    if not {'file', 'label'} <= set(rows.fieldnames or ()):
-      raise InputError(
-        f'{table}: columns are {rows.fieldnames}; expected file,label'
-      )
-    for row in rows:
-      label = row['label'] or ''
-      if not row['file'] or not label.strip().isdecimal():
+    try:
+      if not {'file', 'label'} <= set(rows.fieldnames or ()):
         raise InputError(
-          f'{table}: line {rows.line_num}: file {row["file"]!r}, label '
-          f'{label!r}; expected a file name and a class number'
+          f'{table}: columns are {rows.fieldnames}; expected file,label'
         )
-      paths.append(base / row['file'])
-      labels.append(int(label))
+      for row in rows:
+        label = (row['label'] or '').strip()
+        if not row['file'] or not (label.isdecimal() and len(label) < 10):
+          raise InputError(
+            f'{table}: line {rows.line_num}: file {row["file"]!r}, label '
+            f'{label!r}; expected a file name and a class number'
+          )
+        paths.append(base / row['file'])
+        labels.append(int(label))
+    except csv.Error as e:
+      raise InputError(f'{table}: line {rows.line_num}: {e}') from e
   if not paths:
     raise InputError(f'{table}: holds no images; expected a line for each')
   return paths, labels

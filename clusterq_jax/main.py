@@ -103,7 +103,10 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     reason = str(e).strip().splitlines()[-1].strip()
     raise InputError(f'--config: {reason}') from e
   except Exception as e:  # a config file may raise anything
-    raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
+    lines = str(e).strip().splitlines() or [repr(e)]
+    # ml_collections says what it was doing, then all of the traceback.
+    reason = ' '.join(dict.fromkeys((lines[0].strip(), lines[-1].strip())))
+    raise InputError(f'flags: {reason}') from e
   if rest:
     raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
   needs_workdir = _MODE.value != 'dryrun'

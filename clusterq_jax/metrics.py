@@ -1,5 +1,6 @@
 """What a run says while it goes: metrics.jsonl, a progress bar, a table."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -11,6 +12,8 @@ import time
 from typing import Any
 
 import tqdm
+
+from clusterq_jax.errors import InputError
 
 _SILENCE_S = 20.0  # between lines where there is no terminal
 
@@ -30,12 +33,20 @@ class MetricsFile:
       temporary = path.with_suffix('.tmp')
       temporary.write_text(''.join(f'{line}\n' for line in kept))
       os.replace(temporary, path)
-    self._file = path.open('a')
+    self._file = path.open('ab', buffering=0)
 
   def write(self, step: int, values: dict[str, float]) -> None:
+    """Appends a line, or, where the disk is full, nothing.
+
+    Raises:
+      OSError: the disk is full.
+    """
     rounded = {k: float(f'{v:.7g}') for k, v in sorted(values.items())}
-    self._file.write(json.dumps({'step': step, **rounded}) + '\n')
-    self._file.flush()
+    line = json.dumps({'step': step, **rounded}).encode() + b'\n'
+    whole = self._file.seek(0, os.SEEK_END)
+    if self._file.write(line) < len(line):
+      self._file.truncate(whole)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
 
 def _step(line: str) -> float:
@@ -152,6 +163,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n')
   os.replace(temporary, path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    OSError: it cannot be read.
+    InputError: it holds something else.
+  """
+  try:
+    value = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as e:
+    raise InputError(f'{path}: not JSON: {e}') from e
+  if not isinstance(value, dict):
+    raise InputError(
+      f'{path}: found a {type(value).__name__}; expected a JSON object'
+    )
+  return value
 
 
 def table(rows: list[tuple[str, str]]) -> str:

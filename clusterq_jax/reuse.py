@@ -4,14 +4,13 @@ The generator never sees the student, so one serves every bit width, placement
 and student recipe: what the other run spent on it is not spent again.
 """
 
-import json
 import pathlib
 from typing import Any
 
 import jax
 import ml_collections
 
-from clusterq_jax import checkpoint, experiment
+from clusterq_jax import checkpoint, experiment, metrics
 from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.state import TrainState
@@ -94,10 +93,11 @@ def _stored_config(
   """What config.json holds, and the config it was written from."""
   config = config_lib.defaults()
   try:
-    stored = json.loads((folder / 'config.json').read_text())
+    stored = metrics.read_json(folder / 'config.json')
     with config.unlocked():
       config.update(stored)
-  except (OSError, ValueError, TypeError) as e:
+    config_lib.validate(config)
+  except Exception as e:  # what is no config can raise anything
     raise InputError(
       f'config.generator.workdir={folder}: no run there ({e})'
     ) from e

@@ -123,16 +123,28 @@ def load(path: str | pathlib.Path) -> Student:
     raise InputError(
       f'{file}: format {metadata.get("format")!r}; expected {FORMAT!r}'
     )
+  try:
+    student = _make(tensors, metadata)
+    images = jax.ShapeDtypeStruct((1, *student.preprocessing.shape), np.uint8)
+    jax.eval_shape(student.logits, images)
+  except InputError as e:
+    raise InputError(f'{file}: {e}') from e
+  except Exception as e:  # a damaged header can raise anything
+    reason = (str(e).strip() or repr(e)).splitlines()[0]
+    raise InputError(
+      f'{file}: damaged, or not a student ({type(e).__name__}: {reason})'
+    ) from e
+  return student
+
+
+def _make(
+  tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> Student:
   raw: dict[str, Any] = json.loads(metadata['preprocessing'])
   lists = ('image_size', 'mean', 'std')
   raw |= {key: tuple(raw[key]) for key in lists}
   preprocessing = Preprocessing(**raw)
-  try:
-    build = registry.builder(
-      metadata['arch'], **json.loads(metadata['options'])
-    )
-  except InputError as e:
-    raise InputError(f'{file}: {e}') from e
+  build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
   graph = protocol.trace(build)
   plan = plan_lib.make_plan(

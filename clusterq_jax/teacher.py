@@ -17,6 +17,8 @@ from clusterq_jax.layers import float as float_layers
 from clusterq_jax.layers import protocol
 from clusterq_jax.models import registry
 
+_ORDERS = ('rgb', 'bgr', 'grey')
+_LARGEST = 2**15  # pixels of a side
 EMBEDDED = 'embedded'
 EMBEDDED_FILE = ASSETS / 'fashion_mnist_resnet20.safetensors'
 
@@ -92,7 +94,7 @@ def load(
     preprocessing=expected,
     num_classes=classes,
     options=options,
-    class_names=tuple(json.loads(loaded.metadata.get('class_names', '[]'))),
+    class_names=_class_names(path, loaded),
     report=loaded.report,
   )
 
@@ -138,8 +140,26 @@ def _preprocessing(
       )
   channels = int(loaded.options['in_channels'])
   for name in ('image_size', 'mean', 'std'):
+    if not _are_numbers(values[name]):
+      raise InputError(f'{path}: {name}={values[name]!r}: expected numbers')
     values[name] = tuple(values[name])
   result = Preprocessing(**values)
+  if len(result.image_size) != 2 or not all(
+    isinstance(n, int) and 0 < n < _LARGEST for n in result.image_size
+  ):
+    raise InputError(
+      f'{path}: image_size={result.image_size}: expected height and width'
+    )
+  if not _are_numbers([result.pixel_range]) or result.pixel_range <= 0:
+    raise InputError(
+      f'{path}: pixel_range={result.pixel_range!r}: expected the value of '
+      'white, 1 or 255'
+    )
+  if result.channel_order not in _ORDERS:
+    raise InputError(
+      f'{path}: channel_order={result.channel_order!r}: expected one of '
+      f'{", ".join(_ORDERS)}'
+    )
   if len(result.mean) != channels or len(result.std) != channels:
     raise InputError(
       f'teacher.mean and teacher.std have {len(result.mean)} and '
@@ -173,8 +193,24 @@ def _check_image_size(
     )
 
 
+def _class_names(path: str, loaded: weights_lib.Loaded) -> tuple[str, ...]:
+  found = _json(loaded.metadata.get('class_names', '[]'))
+  if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+    raise InputError(f'{path}: class_names={found!r}: expected a list of names')
+  return tuple(found)
+
+
+def _are_numbers(values: Any) -> bool:
+  return isinstance(values, (list, tuple)) and all(
+    isinstance(n, (int, float))
+    and not isinstance(n, bool)
+    and abs(n) < float('inf')
+    for n in values
+  )
+
+
 def _json(raw: str) -> Any:
   try:
     return json.loads(raw)
-  except ValueError as e:
-    raise InputError(f'unreadable metadata {raw!r}: {e}') from e
+  except (ValueError, RecursionError) as e:
+    raise InputError(f'unreadable metadata {raw[:100]!r}: {e}') from e

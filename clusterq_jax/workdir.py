@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import socket
@@ -33,7 +32,8 @@ def open_workdir(
   if '://' in workdir:
     raise InputError(
       f'--workdir={workdir}: expected a folder; mount the bucket on every '
-      'host, say with gcsfuse, and name the folder where it is mounted'
+      'host, say with gcsfuse BUCKET /mnt/BUCKET, and give '
+      '--workdir=/mnt/BUCKET/...'
     )
   folder = pathlib.Path(workdir)
   if not sharding.is_lead():
@@ -72,7 +72,7 @@ def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   file = folder / 'config.json'
   try:
     if file.exists():
-      changed = config_lib.differences(json.loads(file.read_text()), config)
+      changed = config_lib.differences(metrics.read_json(file), config)
       if changed:
         raise InputError(
           f'{folder} holds a run with another config; it differs in '
@@ -81,14 +81,12 @@ def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     metrics.write_json(file, config.to_dict())
   except OSError as e:
     raise InputError(f'{folder}: cannot be written: {e.strerror}') from e
-  except json.JSONDecodeError as e:
-    raise InputError(f'{file}: not a config: {e}') from e
 
 
 def read_results(folder: pathlib.Path) -> dict[str, Any]:
   """What results.json holds; nothing without it."""
   file = folder / 'results.json'
-  return json.loads(file.read_text()) if file.exists() else {}
+  return metrics.read_json(file) if file.exists() else {}
 
 
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:

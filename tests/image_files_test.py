@@ -132,6 +132,22 @@ def test_unreadable_images_are_named_and_left_out(classes, capsys):
   assert lines[3] == 'left out: 3 of 6 images'
 
 
+def test_images_that_would_fill_the_memory_or_run_a_program(classes, capsys):
+  folder, _ = classes
+  Image.new('1', (2**14, 2**13)).save(folder / 'ant' / '0.png')
+  Image.new('1', (1, 2**14)).save(folder / 'ant' / '1.png')  # 16 x 262,144
+  Image.new('1', (1, 2**19)).save(folder / 'bee' / '0.png')
+  postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n'
+  (folder / 'bee' / '1.png').write_bytes(postscript)
+  found = _load(folder, resize=16)
+  evaluation.on_images({'teacher': lambda x: np.zeros((len(x), 3))}, found, 4)
+  said = capsys.readouterr().err
+  assert 'left out: 3 of 6 images' in said
+  assert '0.png: 16384 x 8192 pixels; expected at most 67,108,864' in said
+  assert '0.png: 16 x 8388608 pixels; expected at most' in said
+  assert '1.png: cannot identify image file' in said
+
+
 def test_nothing_can_be_read(tmp_path):
   (tmp_path / 'a').mkdir()
   (tmp_path / 'a' / '0.png').write_bytes(b'')
@@ -149,6 +165,8 @@ def test_nothing_can_be_read(tmp_path):
     ('file,label\na.png,-1\n', "label '-1'"),
     ('file,label\na.png\n', "label ''"),
     ('file,label\na.png,3\n', 'labels run from 3 to 3'),
+    ('file,label\na.png,99999999999\n', "label '99999999999'"),
+    (f'file,label\n{"a" * 200_000}.png,0\n', 'field larger than'),
   ],
 )
 def test_unfit_tables(tmp_path, table, expected):

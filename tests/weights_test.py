@@ -490,6 +490,12 @@ def test_npz_is_what_safetensors_is(tmp_path, weights):
         np.testing.assert_array_equal(found, value)
 
 
+def test_npz_that_would_fill_the_memory(tmp_path):
+  path = tmp_path / 'a.npz'
+  np.savez_compressed(path, a=np.zeros(2**28 + 1, np.uint8))
+  assert 'bytes that stand for 268,435,' in _refusal(files.read_tensors, path)
+
+
 def test_unfit_npz(tmp_path):
   path = tmp_path / 'w.npz'
   for contents in (b'hello world', b'PK\3\4' + bytes(60)):
@@ -637,5 +643,7 @@ def test_torch_files_that_hold_something_else(tmp_path):
   assert '2 entries are not tensors (epoch (int), 4 (Tensor))' in message
   torch.save({'w': torch.ones(2, 2).to_sparse()}, path)
   assert 'torch.sparse_coo' in _refusal(files.read_tensors, path)
+  torch.save({'w': torch.ones(1).expand(2**40)}, path)
+  assert 'stand for 4,398,046,511,104' in _refusal(files.read_tensors, path)
   torch.save({'w': torch.ones(2, device='meta')}, path)
   assert 'tensor w is' in _refusal(files.read_tensors, path)

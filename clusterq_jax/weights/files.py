@@ -13,6 +13,7 @@ import os
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from clusterq_jax.errors import InputError
+from clusterq_jax.errors import InputError, check_archive, check_size
 
 TORCH_SUFFIXES = ('.th', '.pt', '.pth')
 _EXPECTED = 'expected .safetensors, .npz, .th, .pt or .pth'
@@ -222,8 +223,11 @@ def _read_safetensors(path: str, head: bytes):
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
   try:
+    check_archive(path)
     with np.load(path, allow_pickle=False) as file:
       tensors = {key: file[key] for key in file.files}
+  except InputError:
+    raise
   except Exception as error:  # numpy and zipfile raise a dozen kinds
     reason = ' '.join(str(error).split())
     raise InputError(
@@ -255,9 +259,12 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
       f'2.6 or newer: pip install --upgrade torch'
     )
   try:
+    _check_pickle(path, head)
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       data = torch.load(path, map_location='cpu', weights_only=True)
+  except InputError:
+    raise
   except Exception as error:  # Damaged contents raise nearly anything.
     called = re.findall(r'GLOBAL (\S+)', str(error))[:1] or _calls(path, head)
     if called:
@@ -288,6 +295,8 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
       f'{path}: {len(foreign)} entries are not tensors ({names(foreign)}), '
       f'expected a state dict'
     )
+  # A view can repeat the few numbers of its storage any number of times.
+  check_size(path, sum(4 * value.numel() for value in data.values()))
   tensors = {}
   for key, value in data.items():
     try:
@@ -300,6 +309,20 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
         f'expected a dense float tensor'
       ) from error
   return tensors
+
+
+def _check_pickle(path: str, head: bytes) -> None:
+  """Refuses what torch would open but no tensor needs, and fills the memory."""
+  if head.startswith(b'PK'):
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+      parts = [n for n in archive.namelist() if n.endswith('data.pkl')]
+      pickled = b''.join(map(archive.read, parts))
+  else:
+    with open(path, 'rb') as file:
+      pickled = file.read()
+  if b'bytearray\n' in pickled:
+    raise InputError(f'{path}: found a bytearray, expected tensors only')
 
 
 def _calls(path: str, head: bytes) -> list[str]:

@@ -1,5 +1,7 @@
 """Bad input: one clear line, exit code 2, nothing lost."""
 
+import errno
+import json
 import os
 import pathlib
 import re
@@ -9,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from clusterq_jax import weights
+from clusterq_jax import metrics, weights
 
 
 def _refused(outcome, *expected):
@@ -154,7 +156,7 @@ def test_workdir_in_a_bucket(command, tiny_config_file):
 def test_damaged_stored_config(run, tmp_path):
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{')
-  _refused(run(), 'config.json', 'not a config')
+  _refused(run(), 'config.json', 'not JSON')
 
 
 @pytest.fixture
@@ -171,11 +173,15 @@ def small_disk(tmp_path):
   subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+def _remount(folder, options):
+  command = ['mount', '-o', f'remount,{options}', str(folder)]
+  subprocess.run(command, check=True)
+
+
 def test_full_disk(finished, command, tiny_config_file, small_disk, state_at):
   workdir = small_disk / 'run'
-  code, out, error = command(
-    f'--config={tiny_config_file}', f'--workdir={workdir}'
-  )
+  flags = f'--config={tiny_config_file}', f'--workdir={workdir}'
+  code, out, error = command(*flags)
   lines = [line for line in error.splitlines() if line.startswith('error: ')]
   assert code == 2
   assert len(lines) == 1
@@ -186,6 +192,43 @@ def test_full_disk(finished, command, tiny_config_file, small_disk, state_at):
   failed = int(re.search(r'checkpoint (\d+) cannot', lines[0])[1])
   assert failed > 0
   assert state_at(failed - 2, workdir).step == failed - 2
+  assert not (workdir / 'results.json').exists()
+  for line in (workdir / 'metrics.jsonl').read_text().splitlines():
+    json.loads(line)
+
+  _remount(small_disk, 'size=64m')
+  code, _, error = command(*flags)
+  assert code == 0, error
+  assert f'resuming at step {failed - 2} of 10' in error
+  for name in ('student.safetensors', 'metrics.jsonl'):
+    assert (workdir / name).read_bytes() == (
+      finished.workdir / name
+    ).read_bytes(), name
+
+
+def test_full_disk_for_a_line_of_metrics(small_disk):
+  """A file system gives whole pages, so that the last line is cut short."""
+  path = small_disk / 'metrics.jsonl'
+  log = metrics.MetricsFile(path, 0)
+  (small_disk / 'full').write_bytes(bytes(1000 * 1024))
+
+  def fill():
+    for step in range(10_000):
+      log.write(step, {'a': 0.123456})
+
+  with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as error:
+    fill()
+  assert error.value.filename == str(path)
+  lines = path.read_text().splitlines()
+  assert 0 < len(lines) < 10_000
+  assert [json.loads(line)['step'] for line in lines] == list(range(len(lines)))
+
+
+def test_read_only_disk(command, tiny_config_file, small_disk):
+  _remount(small_disk, 'ro')
+  workdir = small_disk / 'run'
+  outcome = command(f'--config={tiny_config_file}', f'--workdir={workdir}')
+  _refused(outcome, workdir, os.strerror(errno.EROFS))
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,21 @@
+"""Damaged and hostile inputs: a few of those of benchmarks/fuzz.py."""
+
+import collections
+import sys
+
+import pytest
+
+from benchmarks import fuzz
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='memory is read in /proc')
+def test_all_load_or_are_refused():
+  results = list(fuzz.run(seed=1, numbers=range(216)))
+  assert len(results) == 216
+  assert [r for r in results if r.outcome == 'finding'] == []
+  outcomes = collections.defaultdict(set)
+  for result in results:
+    outcomes[result.kind].add(result.outcome)
+  # Inputs are neither all sound nor damaged past all recognition.
+  assert outcomes.keys() == fuzz.KINDS.keys()
+  assert sum(found == {'loaded', 'refused'} for found in outcomes.values()) > 5
