@@ -18,4 +18,5 @@ def test_all_load_or_are_refused():
     outcomes[result.kind].add(result.outcome)
   # Inputs are neither all sound nor damaged past all recognition.
   assert outcomes.keys() == fuzz.KINDS.keys()
-  assert sum(found == {'loaded', 'refused'} for found in outcomes.values()) > 5
+  both = sum(found == {'loaded', 'refused'} for found in outcomes.values())
+  assert both >= len(fuzz.KINDS) // 2
