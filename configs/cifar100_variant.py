@@ -8,7 +8,8 @@ README.md beside this file.
         --workdir=runs/cifar100_variant
 
 Needs weights/resnet20_cifar100_variant.pt. Teacher 69.98 on 5,000 CIFAR-100
-test images; student not measured with the recipe as it is.
+test images; student 66.32, with one seed, in 19 minutes on two cores beside
+other runs.
 """
 
 import pathlib
@@ -37,5 +38,7 @@ def get_config():
   # longer to match the statistics.
   config.generator.conditional = True
   config.loss.statistics = 40.0
+  config.loss.relative = 'none'
+  config.loss.noise = (0.1, 0.1)
   config.schedule.generator_steps = 1000
   return config
