@@ -224,12 +224,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     InputError: naming the field, the value found and what was expected.
   """
-  known, values = flatten(defaults()), flatten(config)
+  expected = defaults()
+  known, values = flatten(expected), flatten(config)
   for field in values.keys() ^ known.keys():
     problem = 'unknown' if field in values else 'missing'
     raise InputError(f'config.{field}: {problem} field')
   for field, value in values.items():
-    _check_type(field, value, known[field])
+    section, _, name = field.rpartition('.')
+    fields = expected[section] if section else expected
+    _check_type(field, value, fields.get_type(name), known[field] is None)
   try:
     registry.architecture(values['teacher.arch'])
   except InputError as e:
@@ -280,12 +283,9 @@ def _is_number(value: Any) -> bool:
   return math.isfinite(value)
 
 
-def _check_type(field: str, value: Any, default: Any) -> None:
+def _check_type(field: str, value: Any, kind: type, optional: bool) -> None:
   """Refuses a value of another type than the field has."""
-  section, _, name = field.rpartition('.')
-  known = defaults()
-  kind = (known[section] if section else known).get_type(name)
-  if value is None and default is None:
+  if value is None and optional:
     return
   expected, fits = {
     bool: ('True or False', isinstance(value, bool)),
