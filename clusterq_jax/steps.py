@@ -189,7 +189,7 @@ class Steps:
     z = jnp.zeros((1, self.generator.latent_dim))
     labels = jnp.zeros((1,), int)
     generator = self.generator.init(key, z, labels)['params']
-    quant = jax.eval_shape(
+    student = jax.eval_shape(
       self._calibrate,
       teacher,
       jax.ShapeDtypeStruct(
@@ -198,7 +198,9 @@ class Steps:
     )
     student = {
       'params': jax.tree.map(jnp.asarray, teacher['params']),
-      'quant': jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), quant),
+      'quant': jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), student['quant']
+      ),
     }
     names = self.graph.batch_norms[self._semantic]
     channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
@@ -254,18 +256,31 @@ class Steps:
     return state.replace(centroids=centroids)
 
   def _calibrate(self, teacher: Any, x: jax.Array) -> Any:
+    """A student of the teacher's params, made for images x."""
     layers = fake_quant.layer_set(self.plan, calibrate=True, dtype=self.dtype)
-    return self._network(layers).apply(teacher, x, mutable=['quant'])[1][
-      'quant'
-    ]
+    variables = dict(teacher)
+    if self.plan.learned:
+      _, moments = self.teach(teacher, x)
+      found = [statistics.batch_statistics(m) for m in moments]
+      variables['targets'] = {
+        name: {'input': target}
+        for name, target in zip(self.graph.batch_norms, found, strict=True)
+      }
+    _, student = self._network(layers).apply(
+      variables, x, mutable=['params', 'quant']
+    )
+    return dict(student)
 
   def calibrate_student(
     self, state: TrainState, teacher: Any, key: jax.Array
   ) -> TrainState:
-    """Sets every quantizer from one batch of synthetic images."""
+    """Sets every quantizer from one batch of synthetic images.
+
+    With learned ranges, the BatchNorms too, such that their inputs keep the
+    statistics that they have in the teacher on these images.
+    """
     x, _ = self.generate(state.generator, key)
-    quant = self._calibrate(teacher, x)
-    return state.replace(student={**state.student, 'quant': quant})
+    return state.replace(student=self._calibrate(teacher, x))
 
   # ---------------------------------------------------------------- steps
 

@@ -267,6 +267,35 @@ def test_calibration_replaces_the_step(image):
   np.testing.assert_allclose(15 * step, z.max(), rtol=1e-5)
 
 
+def test_calibration_corrects_batch_norm(image):
+  variables = _conv_variables(1, 4, 6)
+  wanted = statistics.Statistics(
+    variables['batch_stats']['mean'], jnp.sqrt(variables['batch_stats']['var'])
+  )
+  targets = {'targets': {'input': wanted}}
+  corrected, state = _quant_conv(calibrate=True).apply(
+    {**variables, **targets}, image, mutable=['params', 'quant']
+  )
+  # Where the network runs, nothing has to be given but what was written.
+  y = _quant_conv().apply({**variables, **state}, image)
+  np.testing.assert_array_equal(y, corrected)
+  params = state['params']
+  np.testing.assert_array_equal(
+    params['kernel'], variables['params']['kernel']
+  )
+  kernel = np.float64(params['kernel'])
+  step = np.abs(kernel).max((0, 1, 2)) / 3
+  h = _numpy_conv(image, np.round(kernel / step) * step, 1, 0)
+  before = variables['params']
+  ratio = np.clip(wanted.std / h.std((0, 1, 2)), 0.5, 2)
+  np.testing.assert_allclose(
+    params['scale'], before['scale'] * ratio, rtol=1e-3
+  )
+  # Its mean is now the wanted one, which gives the BatchNorm's bias.
+  out = _numpy_batch_norm(h, {**variables, 'params': params})
+  np.testing.assert_allclose(out.mean((0, 1, 2)), before['bias'], atol=1e-3)
+
+
 @pytest.mark.parametrize(('channels', 'features'), [(2, 4), (3, 6), (1, 4)])
 def test_pad_shortcut(channels, features):
   x = np.random.RandomState(0).randn(2, 5, 4, channels).astype(np.float32)
@@ -514,6 +543,27 @@ def test_at_4_bits_the_student_is_farther_off():
   pair = _pair()
   logits, _ = pair.calibrated(pair.plan(4, learned=False))
   assert 0.05 < _distance(logits, pair.logits) < 0.5
+
+
+def test_at_3_bits_corrected_batch_norms_bring_the_student_nearer():
+  pair = _pair()
+  decided = pair.plan(3)
+  student = pair.build(fake_quant.layer_set(decided, calibrate=True))
+  tapped = pair.build(float_layers.layer_set(tap=True))
+
+  @_jit
+  def corrected(variables, x):
+    _, taps = tapped.apply(variables, x, mutable=['moments'])
+    targets = {
+      name: {'input': statistics.batch_statistics(found['input'])}
+      for name, found in taps['moments'].items()
+    }
+    variables = {**variables, 'targets': targets}
+    return student.apply(variables, x, mutable=['params', 'quant'])[0]
+
+  before, _ = pair.calibrated(decided)
+  after = corrected(pair.variables, pair.x)
+  assert _distance(after, pair.logits) < 0.9 * _distance(before, pair.logits)
 
 
 def test_range_of_the_input_is_known_beforehand():
