@@ -6,6 +6,7 @@ the header), not the teacher, the generator or the optimisers.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -26,9 +27,21 @@ FILE = 'student.safetensors'
 FORMAT = 'clusterq-jax student 1'
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['variables'],
+  meta_fields=[
+    'preprocessing',
+    'bits',
+    'class_names',
+    'graph',
+    'plan',
+    '_network',
+  ],
+)
 @dataclasses.dataclass(frozen=True)
 class Student:
-  """A quantized network, ready for inference.
+  """A quantized network, ready for inference; a pytree of its variables.
 
   Attributes:
     variables: {'params', 'batch_stats', 'quant'}.
@@ -48,7 +61,11 @@ class Student:
   _network: Any
 
   def logits(self, images: jax.Array) -> jax.Array:
-    """uint8 images [B, H, W, C], RGB, to logits [B, K]; works under `jit`.
+    """uint8 images [B, H, W, C], RGB, to logits [B, K].
+
+    Compiled for every B. In a `jit` of your own, let the student be an argument
+    of the function: else its weights are constants of the program, and an
+    ImageNet network takes minutes to compile.
 
     Raises:
       ValueError: another shape or dtype.
@@ -60,8 +77,7 @@ class Student:
         f'images are {images.dtype} {list(images.shape)}; expected uint8 '
         f'[B, {", ".join(map(str, self.preprocessing.shape))}]'
       )
-    x = self.preprocessing.normalize(jnp.asarray(images))
-    return self._network.apply(self.variables, x)
+    return _logits(self, images)
 
   def integer(self) -> integer.Folded:
     """The network that an integer runtime executes.
@@ -78,6 +94,12 @@ class Student:
     return integer.fold(
       self.graph, self.plan, self.variables, self.preprocessing
     )
+
+
+@jax.jit
+def _logits(student: Student, images: jax.Array) -> jax.Array:
+  x = student.preprocessing.normalize(images)
+  return student._network.apply(student.variables, x)
 
 
 def save(

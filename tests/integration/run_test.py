@@ -177,6 +177,19 @@ def test_loaded_student(finished, state_at):
   jax.tree.map(np.testing.assert_array_equal, file.variables, student.variables)
 
 
+def test_weights_of_the_student_are_arguments_of_its_program(finished):
+  student = clusterq_jax.load_student(finished.workdir)
+  images = np.random.RandomState(0).randint(0, 256, (2, 8, 8, 3), np.uint8)
+  program = jax.make_jaxpr(lambda s, x: s.logits(x))(student, images)
+  assert len(program.in_avals) == len(jax.tree.leaves(student)) + 1
+  assert sum(np.size(c) for c in program.consts) < 100
+  np.testing.assert_allclose(
+    jax.jit(lambda s, x: s.logits(x))(student, images),
+    student.logits(images),
+    atol=1e-5,
+  )
+
+
 @pytest.mark.parametrize(
   ('shape', 'dtype', 'named'),
   [
