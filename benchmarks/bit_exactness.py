@@ -69,7 +69,7 @@ def main():
 
   ours = in_batches(jax.jit(folded.logits), images.images)
   classes = ours.argmax(-1)
-  fake = in_batches(jax.jit(student.logits), images.images).argmax(-1)
+  fake = in_batches(student.logits, images.images).argmax(-1)
   print(
     f'{args.workdir}, {len(ours)} images: top-1 {top1(fake):.2f} fake-quant, '
     f'{top1(classes):.2f} integer; they agree on '
