@@ -83,7 +83,9 @@ def defaults() -> ml_collections.ConfigDict:
   quant.first_weight_bits = placeholder(int)  # None: weight_bits
   quant.last_weight_bits = placeholder(int)
   quant.placement = 'paper'
-  quant.ranges = 'minmax'  # or 'learned', from the MSE-optimal clip
+  # Or 'learned': steps from the MSE-optimal clip, and BatchNorms corrected for
+  # what it does to their inputs, before the student's first step.
+  quant.ranges = 'minmax'
 
   config.generator = generator = ml_collections.ConfigDict()
   generator.latent_dim = 100
@@ -173,8 +175,9 @@ def fast() -> ml_collections.ConfigDict:
 
   Departs from the paper: a slim generator with prototypes of each class; the
   student rests until the generator is done, then learns from its recent images,
-  mixed ones too; learned quantizer steps from the MSE-optimal clip; Adam with a
-  cosine; distillation of logits and features without cross-entropy.
+  mixed ones too; learned quantizer steps from the MSE-optimal clip, and
+  BatchNorms corrected for it; Adam with a cosine; distillation of logits and
+  features without cross-entropy.
   """
   config = defaults()
   config.checkpoint_every = 100
