@@ -391,7 +391,11 @@ def _on_images(
   others: Mapping[str, evaluation.Predict],
   images: data.Images | None,
 ) -> dict[str, Any]:
-  """The evaluation's part of results.json; others: pixels to logits."""
+  """The evaluation's part of results.json.
+
+  Args:
+    others: as in `evaluation.on_images`, compiled.
+  """
   network = teacher.build(float_layers.layer_set())
 
   @jax.jit
@@ -399,9 +403,9 @@ def _on_images(
     return network.apply(variables, teacher.preprocessing.normalize(pixels))
 
   networks: dict[str, evaluation.Predict] = {
-    'teacher': functools.partial(logits, teacher.variables)
+    'teacher': functools.partial(logits, teacher.variables),
+    **others,
   }
-  networks |= {name: jax.jit(other) for name, other in others.items()}
   return evaluation.on_images(networks, images, config.eval.batch_size)
 
 
@@ -427,7 +431,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     student = student_lib.load(workdir)
     networks['student'] = student.logits
   if config.eval.network == 'integer':
-    networks['deployed'] = student.integer().logits
+    networks['deployed'] = jax.jit(student.integer().logits)
   with workdir_lib.open_workdir(config, workdir) as folder:
     results = _on_images(config, teacher, networks, images)
     return workdir_lib.merge_results(folder, results)

@@ -280,9 +280,7 @@ def test_calibration_corrects_batch_norm(image):
   y = _quant_conv().apply({**variables, **state}, image)
   np.testing.assert_array_equal(y, corrected)
   params = state['params']
-  np.testing.assert_array_equal(
-    params['kernel'], variables['params']['kernel']
-  )
+  np.testing.assert_array_equal(params['kernel'], variables['params']['kernel'])
   kernel = np.float64(params['kernel'])
   step = np.abs(kernel).max((0, 1, 2)) / 3
   h = _numpy_conv(image, np.round(kernel / step) * step, 1, 0)

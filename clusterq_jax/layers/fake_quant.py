@@ -19,7 +19,11 @@ from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.quant import numerics
 from clusterq_jax.quant.plan import Plan
-from clusterq_jax.statistics import batch_statistics, sample_moments
+from clusterq_jax.statistics import (
+  Statistics,
+  batch_statistics,
+  sample_moments,
+)
 
 _LARGEST = 2.0  # correction of a gain, up or down
 
@@ -152,7 +156,7 @@ class QuantConv(_Quantized):
     far that a network answers at random. Source: Nagel et al. 2019, where the
     shift is computed without images.
     """
-    target = self.get_variable('targets', 'input')
+    target: Statistics = self.get_variable('targets', 'input')
     found = batch_statistics(sample_moments(h))
     ratio = jnp.clip(target.std / found.std, 1 / _LARGEST, _LARGEST)
     gain = scale * jax.lax.rsqrt(var + self.epsilon)
