@@ -8,8 +8,8 @@ README.md beside this file.
         --workdir=runs/cifar100_variant
 
 Needs weights/resnet20_cifar100_variant.pt. Teacher 69.98 on 5,000 CIFAR-100
-test images; student 66.32, with one seed, in 19 minutes on two cores beside
-other runs.
+test images; student 66.26 (seed 2) in ten minutes on two cores. With 1,000
+student steps 66.36 and 66.76 (seeds 0 and 1): they add nothing.
 """
 
 import pathlib
