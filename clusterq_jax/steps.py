@@ -189,7 +189,7 @@ class Steps:
     z = jnp.zeros((1, self.generator.latent_dim))
     labels = jnp.zeros((1,), int)
     generator = self.generator.init(key, z, labels)['params']
-    student = jax.eval_shape(
+    shapes = jax.eval_shape(
       self._calibrate,
       teacher,
       jax.ShapeDtypeStruct(
@@ -199,7 +199,7 @@ class Steps:
     student = {
       'params': jax.tree.map(jnp.asarray, teacher['params']),
       'quant': jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), student['quant']
+        lambda s: jnp.zeros(s.shape, s.dtype), shapes['quant']
       ),
     }
     names = self.graph.batch_norms[self._semantic]

@@ -25,7 +25,9 @@ from clusterq_jax.statistics import (
   sample_moments,
 )
 
-_LARGEST = 2.0  # correction of a gain, up or down
+# Correction of a gain, up or down: where few images wake a channel, a ratio of
+# standard deviations says little.
+_LARGEST = 2.0
 
 
 def settle(plan: Plan, student: Any) -> dict[str, Any]:
@@ -153,8 +155,8 @@ class QuantConv(_Quantized):
     """The gain and bias that give h the statistics it should have.
 
     Rounded weights and inputs shift and stretch every channel, at few bits so
-    far that a network answers at random. Source: Nagel et al. 2019, where the
-    shift is computed without images.
+    far that a network answers at random. Source: Nagel et al., arXiv
+    1906.04721, which corrects the shift alone, computed without images.
     """
     target: Statistics = self.get_variable('targets', 'input')
     found = batch_statistics(sample_moments(h))
