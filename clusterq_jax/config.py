@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from clusterq_jax import procedural
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
 from clusterq_jax.quant import numerics
@@ -41,6 +42,7 @@ _AT_LEAST = {
   'schedule.joint_steps': 0,
   'schedule.student_steps': 0,
   'schedule.pool_batches': 0,
+  'schedule.procedural_batches': 0,
   'schedule.range_steps': 0,
   'centroids.images_per_class': 1,
   'generator.latent_dim': 1,
@@ -83,8 +85,9 @@ def defaults() -> ml_collections.ConfigDict:
   quant.first_weight_bits = placeholder(int)  # None: weight_bits
   quant.last_weight_bits = placeholder(int)
   quant.placement = 'paper'
-  # Or 'learned': steps from the MSE-optimal clip, and BatchNorms corrected for
-  # what it does to their inputs, before the student's first step.
+  # Or 'learned': steps from the MSE-optimal clip, weights rounded to keep the
+  # layers' outputs, and BatchNorms corrected for what this does to their
+  # inputs, before the student's first step.
   quant.ranges = 'minmax'
 
   config.generator = generator = ml_collections.ConfigDict()
@@ -128,7 +131,10 @@ def defaults() -> ml_collections.ConfigDict:
   schedule.generator_steps = 0  # generator, L2
   schedule.joint_steps = 70_000  # generator, L2, and student, L3
   schedule.student_steps = 0  # student, L3, on the pool
-  schedule.pool_batches = 0
+  schedule.pool_batches = 0  # of the generator's newest images
+  # Of procedural images, which join the pool, and which quantizers are set
+  # from; without, that is a batch of the generator's. Not in the paper.
+  schedule.procedural_batches = 0
   schedule.lr_decay = 'step'
   schedule.lr_boundaries = (20_000, 40_000, 60_000)
   schedule.lr_factor = 0.1
@@ -175,9 +181,10 @@ def fast() -> ml_collections.ConfigDict:
 
   Departs from the paper: a slim generator with prototypes of each class; the
   student rests until the generator is done, then learns from its recent images,
-  mixed ones too; learned quantizer steps from the MSE-optimal clip, and
-  BatchNorms corrected for it; Adam with a cosine; distillation of logits and
-  features without cross-entropy.
+  and from procedural ones that were moved towards the teacher's statistics,
+  mixed with one another too; it starts from quantizer steps of the MSE-optimal
+  clip, weights rounded to keep the layers' outputs, and BatchNorms corrected;
+  Adam with a cosine; distillation of logits and features without cross-entropy.
   """
   config = defaults()
   config.checkpoint_every = 100
@@ -200,7 +207,8 @@ def fast() -> ml_collections.ConfigDict:
   config.schedule.generator_steps = 400
   config.schedule.joint_steps = 0
   config.schedule.student_steps = 500
-  config.schedule.pool_batches = 200
+  config.schedule.pool_batches = 100
+  config.schedule.procedural_batches = 64
   config.schedule.lr_decay = 'cosine'
   config.report.log_every = 25
   return config
@@ -329,6 +337,7 @@ def total_steps(schedule: ml_collections.ConfigDict) -> int:
   return (
     schedule.warmup_steps
     + schedule.generator_steps
+    + schedule.procedural_batches * procedural.STEPS
     + schedule.joint_steps
     + schedule.student_steps
   )

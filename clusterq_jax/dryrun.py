@@ -186,6 +186,7 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
     (1, steps.calibrate_student),
     (s.warmup_steps, steps.warmup_step),
     (s.generator_steps, steps.generator_step),
+    (s.procedural_batches, steps.procedural_step),
     (s.joint_steps, steps.joint_step),
     (s.student_steps, steps.student_step),
   ):

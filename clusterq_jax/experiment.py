@@ -72,8 +72,11 @@ def make_steps(
       optax.trace(student.momentum, nesterov=True),
     )
   total = config_lib.total_steps(s)
-  generator_end = total - s.student_steps
-  student_start = generator_end - s.joint_steps
+  student_start = total - s.student_steps - s.joint_steps
+  procedural_start = s.warmup_steps + s.generator_steps
+  generator_end = (
+    student_start + s.joint_steps if s.joint_steps else procedural_start
+  )
   rate = functools.partial(_learning_rate, schedule=s)
   dtype = jnp.bfloat16 if config.compute_dtype == 'bfloat16' else None
   return Steps(
@@ -105,6 +108,8 @@ def make_steps(
     first_semantic_layer=first,
     batch_size=s.batch_size,
     pool_batches=s.pool_batches,
+    procedural_batches=s.procedural_batches,
+    procedural_start=procedural_start,
     augment_probability=config.augment.probability,
     augment_flip=config.augment.flip,
     augment_mixup=config.augment.mixup,

@@ -76,8 +76,9 @@ def take_generator(
       f'a checkpoint at step {done}'
     )
   source, _ = restored
-  schedule = config.schedule
-  first = schedule.warmup_steps + schedule.generator_steps
+  first = (
+    config_lib.total_steps(config.schedule) - config.schedule.student_steps
+  )
   return state.replace(
     step=jax.numpy.full_like(state.step, first),
     generator=source.generator,

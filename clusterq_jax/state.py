@@ -22,8 +22,9 @@ class TrainState(struct.PyTreeNode):
       quantizer steps. BatchNorm statistics are the teacher's.
     student_opt: its optimiser state.
     centroids: class centroids of the semantic layers.
-    pool: recent generator images as pixels, uint8 [P * B, H, W, C]: what
-      student-only steps are fed with; None without (P = 0).
+    pool: recent generator images, then procedural ones, as pixels, uint8
+      [(P + M) * B, H, W, C]: what student-only steps are fed with; None without
+      (P = M = 0).
     bad_step: the first step whose loss was not finite, or -1, int32 [].
   """
 

@@ -3,6 +3,7 @@
     generator_step   L1 in the warm-up (eq. 7), L2 after it (eq. 10)
     joint_step       L2 for the generator and L3 for the student (eq. 11) on the
                      same images; the teacher runs once
+    procedural_step  procedural images, by their pixels
     student_step     L3 on images of the pool, the generator at rest
     evaluate_step    counts of right and of agreeing answers
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from clusterq_jax import augment, losses, sharding, statistics
+from clusterq_jax import augment, losses, procedural, sharding, statistics
 from clusterq_jax import centroids as centroids_lib
 from clusterq_jax.data import Preprocessing
 from clusterq_jax.generator import Generator
@@ -36,6 +37,8 @@ from clusterq_jax.state import TrainState
 Metrics = dict[str, jax.Array]
 LearningRate = Callable[[jax.Array], jax.Array]
 _RANGE_DECAY = 0.9  # EMA of activation ranges, per student step
+_CALIBRATION_BATCHES = 4
+_PIXEL_STEP = 0.03  # of normalised input
 
 
 class Answers(NamedTuple):
@@ -80,7 +83,9 @@ class Steps:
     weights: of the losses.
     first_semantic_layer: index of the first BatchNorm with class terms.
     batch_size: B, images per step.
-    pool_batches: P, batches that the pool holds.
+    pool_batches: P, batches of the generator that the pool holds.
+    procedural_batches: M, procedural ones that it holds after them.
+    procedural_start: the first step that makes these.
     augment_probability: of augmenting a batch.
     augment_flip: whether augmentation mirrors.
     augment_mixup: of blending an image with another, in student steps.
@@ -100,6 +105,8 @@ class Steps:
   first_semantic_layer: int
   batch_size: int
   pool_batches: int
+  procedural_batches: int
+  procedural_start: int
   augment_probability: float
   augment_flip: bool
   augment_mixup: float
@@ -205,8 +212,8 @@ class Steps:
     names = self.graph.batch_norms[self._semantic]
     channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
     pool = None
-    if self.pool_batches:
-      images = self.pool_batches * self.batch_size
+    images = (self.pool_batches + self.procedural_batches) * self.batch_size
+    if images:
       pool = jnp.zeros((images, *self.generator.shape), jnp.uint8)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -271,16 +278,26 @@ class Steps:
     )
     return dict(student)
 
+  def _calibration_images(self, state: TrainState, key: jax.Array) -> jax.Array:
+    """The first procedural images, or a batch of the generator's."""
+    if not self.procedural_batches:
+      return self.generate(state.generator, key)[0]
+    assert state.pool is not None
+    first = self.pool_batches * self.batch_size
+    count = min(self.procedural_batches, _CALIBRATION_BATCHES) * self.batch_size
+    return self.preprocessing.normalize(state.pool[first : first + count])
+
   def calibrate_student(
     self, state: TrainState, teacher: Any, key: jax.Array
   ) -> TrainState:
-    """Sets every quantizer from one batch of synthetic images.
+    """Sets every quantizer from synthetic images.
 
-    With learned ranges, the BatchNorms too, such that their inputs keep the
-    statistics that they have in the teacher on these images.
+    With learned ranges, the weights too, such that layers keep their outputs on
+    these images, and the BatchNorms, such that their inputs keep the statistics
+    that they have in the teacher.
     """
-    x, _ = self.generate(state.generator, key)
-    return state.replace(student=self._calibrate(teacher, x))
+    images = self._calibration_images(state, key)
+    return state.replace(student=self._calibrate(teacher, images))
 
   # ---------------------------------------------------------------- steps
 
@@ -420,7 +437,7 @@ class Steps:
 
   def _remember(self, state: TrainState, images: jax.Array) -> TrainState:
     """Puts a batch of generator images into the pool, oldest out."""
-    if state.pool is None:
+    if state.pool is None or not self.pool_batches:
       return state
     start = (state.step % self.pool_batches) * self.batch_size
     pixels = self.preprocessing.to_pixels(images)
@@ -442,6 +459,48 @@ class Steps:
       state, teacher, key, class_terms=True
     )
     return self._finish(self._remember(state, images), metrics)
+
+  def procedural_step(self, state: TrainState, teacher: Any, key: jax.Array):
+    """Procedural images of the pool: towards the stored statistics.
+
+    A batch after the other, and all of them `procedural.STEPS` times. Eq. 9,
+    relative to the stored deviations, for pixels in place of a generator (as
+    ZeroQ, Cai et al., arXiv 2001.00281, from noise).
+    """
+    pool = state.pool
+    assert pool is not None
+    done = state.step - self.procedural_start
+    batch = done % self.procedural_batches
+    start = (self.pool_batches + batch) * self.batch_size
+    stored = losses.stored_statistics(
+      teacher['batch_stats'], self.graph.batch_norms
+    )
+
+    def make():
+      return procedural.dead_leaves(
+        jax.random.fold_in(key, batch), self.batch_size, self.generator.shape
+      )
+
+    pixels = jax.lax.dynamic_slice_in_dim(pool, start, self.batch_size)
+    x = jax.lax.cond(
+      done < self.procedural_batches,
+      make,
+      lambda: self.preprocessing.normalize(pixels),
+    )
+
+    def loss_fn(x):
+      _, moments = self.teach(teacher, x)
+      found = [statistics.batch_statistics(m) for m in moments]
+      return losses.statistics_loss(
+        losses.relative(found, stored), losses.relative(stored, stored)
+      )
+
+    x = sharding.split_batch(self.mesh, x)
+    loss, gradient = jax.value_and_grad(loss_fn)(x)
+    # The pool holds pixels: steps of one size outlast the rounding.
+    pixels = self.preprocessing.to_pixels(x - _PIXEL_STEP * jnp.sign(gradient))
+    pool = jax.lax.dynamic_update_slice_in_dim(pool, pixels, start, 0)
+    return self._finish(state.replace(pool=pool), {'procedural/loss': loss})
 
   def joint_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Generator, L2, and student, L3, on the same images (eqs. 10, 11)."""

@@ -25,6 +25,7 @@ from clusterq_jax import (
   forecast,
   losses,
   preemption,
+  procedural,
   reuse,
   samples,
   sharding,
@@ -310,6 +311,11 @@ def _train(
   phases = (
     ('warm-up', s.warmup_steps, steps.warmup_step),
     ('generator', s.generator_steps, steps.generator_step),
+    (
+      'procedural',
+      s.procedural_batches * procedural.STEPS,
+      steps.procedural_step,
+    ),
     ('joint', s.joint_steps, steps.joint_step),
     ('student', s.student_steps, steps.student_step),
   )

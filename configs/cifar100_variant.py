@@ -40,5 +40,6 @@ def get_config():
   config.loss.statistics = 40.0
   config.loss.relative = 'none'
   config.loss.noise = (0.1, 0.1)
-  config.schedule.generator_steps = 1000
+  config.schedule.generator_steps = 800
+  config.schedule.student_steps = 800
   return config

@@ -34,9 +34,13 @@ def get_config():
   config.generator.channels = (128, 96, 64, 32, 16, 8)
   config.centroids.images_per_class = 1
   config.schedule.batch_size = 16
-  config.schedule.warmup_steps = 300
-  config.schedule.generator_steps = 200
+  # In proportion to the batch size.
+  config.student.lr = 4e-5
+  config.student.quant_lr = 1.25e-4
+  config.schedule.warmup_steps = 60
+  config.schedule.generator_steps = 60
   config.schedule.student_steps = 200
-  config.schedule.pool_batches = 150
+  config.schedule.pool_batches = 40
+  config.schedule.procedural_batches = 20
   config.eval.batch_size = 50
   return config

@@ -20,6 +20,7 @@ def get_config():
   config.schedule.warmup_steps = 220
   config.schedule.generator_steps = 120
   config.schedule.student_steps = 200
-  config.schedule.pool_batches = 120
+  config.schedule.pool_batches = 60
+  config.schedule.procedural_batches = 16
   config.eval.source = 'fashion_mnist'
   return config

@@ -3,6 +3,7 @@
 The programs are those that the finished run compiled.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clusterq_jax import experiment, weights
+from clusterq_jax import experiment, procedural, statistics, weights
 
 # Where the tiny schedule's phases begin; see conftest.
 _GENERATOR, _JOINT, _STUDENT, _TOTAL = 2, 5, 7, 10
@@ -84,6 +85,57 @@ def test_convolutions_alone_are_in_bfloat16(finished, tiny_config, state, name):
   new, metrics = jax.eval_shape(getattr(steps, name), *args)
   assert _types(new) == _types(state)
   assert {m.dtype for m in metrics.values()} == {np.dtype(np.float32)}
+
+
+# --- Procedural images -------------------------------------------------------
+
+
+def _distance(finished, pixels):
+  """Of the statistics of images from the stored ones, relative to their std."""
+  steps, stats = finished.steps, finished.variables['batch_stats']
+  x = steps.preprocessing.normalize(pixels)
+  _, moments = steps.teach(finished.variables, x)
+  total = []
+  for found, name in zip(moments, steps.graph.batch_norms, strict=True):
+    mean, var = stats[name]['mean'], stats[name]['var']
+    batch = statistics.batch_statistics(found)
+    total.append(np.mean(np.square(batch.mean - mean) / var))
+    total.append(np.mean(np.square(batch.std / np.sqrt(var) - 1)))
+  return np.mean(total)
+
+
+def test_procedural_steps_fill_their_part_of_the_pool(finished, state):
+  first, batch = len(state.pool), finished.steps.batch_size
+  steps = dataclasses.replace(
+    finished.steps, procedural_batches=2, procedural_start=8
+  )
+  pool = jnp.concatenate([state.pool, jnp.zeros_like(state.pool[: 2 * batch])])
+  run = jax.jit(steps.procedural_step)
+  seen, now = [], state.replace(pool=pool)
+  for _ in range(2 * procedural.STEPS):
+    now, metrics = run(now, finished.variables, finished.key)
+    seen.append(now.pool[first:])
+  assert now.step == 8 + 2 * procedural.STEPS
+  assert metrics['procedural/loss'] > 0
+  for part in ('generator', 'student', 'centroids'):
+    assert _same(getattr(now, part), getattr(state, part)), part
+  np.testing.assert_array_equal(now.pool[:first], state.pool)
+  # A batch after the other.
+  assert not seen[0][batch:].any()
+  np.testing.assert_array_equal(seen[1][:batch], seen[0][:batch])
+  for own in (slice(None, batch), slice(batch, None)):
+    begun, done = seen[1][own], seen[-1][own]
+    assert _distance(finished, done) < 0.7 * _distance(finished, begun)
+    # Still the images that they were.
+    assert np.corrcoef(np.ravel(begun), np.ravel(done))[0, 1] > 0.8
+  assert not _same(seen[-1][:batch], seen[-1][batch:])
+
+  # What calibrates the student.
+  images = steps._calibration_images(now, finished.key)
+  np.testing.assert_array_equal(images, steps.preprocessing.normalize(seen[-1]))
+  assert not _same(
+    images, finished.steps._calibration_images(state, finished.key)
+  )
 
 
 # --- What moves --------------------------------------------------------------

@@ -193,6 +193,27 @@ def _taps(x: jax.Array, side: int, strides: int, pads: Pads):
   ]
 
 
+def patches(
+  x: jax.Array, side: int, strides: int, padding: protocol.Padding, groups: int
+) -> jax.Array:
+  """What the outputs of `conv2d` are products of.
+
+  Args:
+    x: images, [B, H, W, I].
+    side: of the kernel.
+    strides: step in both directions.
+    padding: as in `protocol`.
+    groups: G.
+
+  Returns:
+    [P, G, N], with an output pixel of an image in each of the P rows, and
+    N = k * k * I / G in the order of a kernel's leading axes.
+  """
+  taps = _taps(x, side, strides, explicit(x, side, strides, padding))
+  rows = [tap.reshape(-1, groups, tap.shape[-1] // groups) for tap in taps]
+  return jnp.stack(rows, 2).reshape(len(rows[0]), groups, -1)
+
+
 def _shifted_sum(x, kernel, *, strides, pads):
   side = kernel.shape[0]
   rows = kernel.reshape(side * side, -1)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from clusterq_jax.layers import convolution, protocol
 from clusterq_jax.layers import float as float_layers
-from clusterq_jax.quant import numerics
+from clusterq_jax.quant import numerics, rounding
 from clusterq_jax.quant.plan import Plan
 from clusterq_jax.statistics import (
   Statistics,
@@ -58,8 +58,10 @@ class _Quantized(nn.Module):
 
   Attributes:
     plan: every quantizer of the student.
-    calibrate: set the steps from the values that pass, into `quant`; given the
-      collection `targets`, see `QuantConv`, correct the BatchNorms too.
+    calibrate: set the steps from the values that pass, into `quant`. Where
+      steps are learned and `params` can be written, round the weights such that
+      the layers keep their outputs; given the collection `targets`, see
+      `QuantConv`, correct the BatchNorms too.
     observe: sow the step that the values that pass would want, by largest
       magnitude, into `ranges`.
   """
@@ -79,13 +81,24 @@ class _Quantized(nn.Module):
       log_step.value = best()
     return numerics.fake_quant(x, jnp.exp(log_step.value), low, high)
 
-  def quantize_weights(self, kernel: jax.Array) -> jax.Array:
-    """Per output channel, the last axis of kernel [..., O]."""
+  def quantize_weights(
+    self, kernel: jax.Array, patches: Callable[[], jax.Array]
+  ) -> jax.Array:
+    """Per output channel, the last axis of kernel [..., O].
+
+    patches: what gives the inputs that the kernel is multiplied with,
+      [P, G, N], as `convolution.patches`.
+    """
     assert self.name is not None
     low, high = numerics.weight_range(self.plan.weight_bits(self.name))
     axes = tuple(range(kernel.ndim - 1))
     if self.plan.learned:
-      return self._quantize(kernel, 'weights', low, high, axes)
+      quantized = self._quantize(kernel, 'weights', low, high, axes)
+      if self.calibrate and self.is_mutable_collection('params'):
+        step = jnp.exp(self.get_variable('quant', 'weights'))
+        quantized = rounding.compensate(kernel, patches(), step, low, high)
+        self.put_variable('params', 'kernel', quantized)
+      return quantized
     step = jax.lax.stop_gradient(numerics.max_step(kernel, high, axes))
     return numerics.fake_quant(kernel, step, low, high)
 
@@ -139,7 +152,12 @@ class QuantConv(_Quantized):
     var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
     h = convolution.conv2d(
       x,
-      self.quantize_weights(kernel),
+      self.quantize_weights(
+        kernel,
+        lambda: convolution.patches(
+          x, self.kernel, self.strides, self.padding, self.groups
+        ),
+      ),
       self.strides,
       self.padding,
       self.groups,
@@ -181,7 +199,9 @@ class QuantDense(_Quantized):
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    return self.quantize_output(x @ self.quantize_weights(kernel) + bias)
+    return self.quantize_output(
+      x @ self.quantize_weights(kernel, lambda: x[:, None]) + bias
+    )
 
 
 class _WithoutWeights(_Quantized, kw_only=True):

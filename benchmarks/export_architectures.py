@@ -1,0 +1,118 @@
+"""Is what each architecture exports what the integer evaluation computes?
+
+    python benchmarks/export_architectures.py [ARCH ...] [--bits=8]
+
+Random weights, no training: see README.md in this folder.
+"""
+
+import argparse
+import pathlib
+import tempfile
+from collections import Counter
+
+import bit_exactness
+import jax
+import numpy as np
+import onnx
+import onnxruntime
+import random_weights
+
+from clusterq_jax import procedural
+from clusterq_jax.layers import fake_quant, integer, protocol
+from clusterq_jax.layers import onnx as onnx_layers
+from clusterq_jax.models import registry
+from clusterq_jax.quant import plan as plan_lib
+
+ARCHITECTURES = (
+  'resnet18',
+  'resnet34',
+  'resnet50',
+  'mobilenet_v2',
+  *(f'efficientnet_lite{i}' for i in range(5)),
+)
+CLASSES = 1000
+_CALIBRATION = 2  # images: ranges, not accuracy, are what is needed
+
+
+def fold(arch: str, bits: int):
+  """The integer network, its wiring, input, and number of weights."""
+  variables, prep = random_weights.make(arch, CLASSES, seed=0)
+  build = registry.builder(arch, num_classes=CLASSES)
+  graph = protocol.trace(build)
+  chosen = plan_lib.Bits(bits, bits, bits, bits, 'integer')
+  plan = plan_lib.make_plan(graph, chosen, False, prep.limit)
+  network = build(fake_quant.layer_set(plan, calibrate=True))
+
+  @jax.jit
+  def calibrate(variables, key):
+    x = procedural.dead_leaves(key, _CALIBRATION, prep.shape)
+    return network.apply(variables, x, mutable=['quant'])[1]
+
+  quant = calibrate(variables, jax.random.key(0))
+  student = jax.device_get({**variables, **quant})
+  weights = sum(a.size for a in jax.tree.leaves(variables['params']))
+  return integer.fold(graph, plan, student, prep), graph, prep, weights
+
+
+def optimised(file: pathlib.Path) -> Counter[str]:
+  """Operators of the graph that ONNX Runtime makes of a file."""
+  options = onnxruntime.SessionOptions()
+  options.optimized_model_filepath = str(file.with_suffix('.optimised'))
+  onnxruntime.InferenceSession(
+    str(file), options, providers=['CPUExecutionProvider']
+  )
+  graph = onnx.load(options.optimized_model_filepath).graph
+  return Counter(node.op_type for node in graph.node)
+
+
+def check(arch: str, bits: int, count: int) -> bool:
+  """Prints a line of what was found; whether all is as it should be."""
+  folded, graph, prep, weights = fold(arch, bits)
+  draw = np.random.RandomState(1)
+  x = procedural.dead_leaves(jax.random.key(1), count, prep.shape)
+  noise = draw.randint(0, 256, (count, *prep.shape), np.uint8)
+  # Half of them noise, in which every value occurs.
+  half = count // 2
+  images = np.concatenate([np.asarray(prep.to_pixels(x))[half:], noise[:half]])
+  step = 16
+  ours = jax.jit(folded.logits)
+  logits = np.concatenate(
+    [ours(images[i : i + step]) for i in range(0, count, step)]
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / 'integer.onnx'
+    model = onnx_layers.integer_model(folded, {})
+    file.write_bytes(model.SerializeToString())
+    size = file.stat().st_size
+    operators = optimised(file)
+    convolutions = operators['QLinearConv'], operators['Conv']
+    exact = []
+    for _, run in bit_exactness.runtimes(file):
+      theirs = np.concatenate(
+        [run(images[i : i + step]) for i in range(0, count, step)]
+      )
+      exact.append(int(np.all(theirs == logits, -1).sum()))
+  different = len(np.unique(logits, axis=0))
+  wanted = len(graph.batch_norms)
+  print(
+    f'{arch} {prep.image_size[0]} pixels, W{bits}A{bits}: logits equal on '
+    f'{" and ".join(map(str, exact))} of {count} images ({different} different '
+    f'answers); QLinearConv {convolutions[0]}, Conv {convolutions[1]}, of '
+    f'{wanted} convolutions; '
+    f'{size / 1e6:.2f} MB, 1/{4 * weights / size:.2f} of float32',
+    flush=True,
+  )
+  return set(exact[:2]) == {count} and convolutions == (wanted, 0)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('archs', nargs='*', metavar='ARCH', default=ARCHITECTURES)
+  parser.add_argument('--bits', type=int, default=8)
+  parser.add_argument('--images', type=int, default=64)
+  args = parser.parse_args()
+  return 1 - all([check(a, args.bits, args.images) for a in args.archs])
+
+
+if __name__ == '__main__':
+  raise SystemExit(main())
