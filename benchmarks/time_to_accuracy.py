@@ -281,6 +281,7 @@ def main() -> int:
     counts = (*args.steps, args.steps[1])
     fields = (f'schedule.{name}' for name in names)
     overrides = dict(zip(fields, counts, strict=True))
+    overrides['schedule.procedural_batches'] = 1
   target = PUBLISHED[args.config]
   machine = accuracy.machine()
   print(

@@ -333,14 +333,19 @@ def _validate_schedule(schedule: ml_collections.ConfigDict) -> None:
     )
 
 
+def phases(schedule: ml_collections.ConfigDict) -> dict[str, int]:
+  """Steps of each phase of a run, in order."""
+  return {
+    'warm-up': schedule.warmup_steps,
+    'generator': schedule.generator_steps,
+    'procedural': schedule.procedural_batches * procedural.STEPS,
+    'joint': schedule.joint_steps,
+    'student': schedule.student_steps,
+  }
+
+
 def total_steps(schedule: ml_collections.ConfigDict) -> int:
-  return (
-    schedule.warmup_steps
-    + schedule.generator_steps
-    + schedule.procedural_batches * procedural.STEPS
-    + schedule.joint_steps
-    + schedule.student_steps
-  )
+  return sum(phases(schedule).values())
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -182,14 +182,12 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
     f'({pod.devices[0].device_kind}), batch {s.batch_size}. Per device:'
   )
   fits = True
-  for length, step in (
-    (1, steps.calibrate_student),
-    (s.warmup_steps, steps.warmup_step),
-    (s.generator_steps, steps.generator_step),
-    (s.procedural_batches, steps.procedural_step),
-    (s.joint_steps, steps.joint_step),
-    (s.student_steps, steps.student_step),
-  ):
+  programs = [(steps.calibrate_student, 1)]
+  programs += [
+    (steps.of_phase[phase], length)
+    for phase, length in config_lib.phases(s).items()
+  ]
+  for step, length in programs:
     if not length:
       continue
     try:

@@ -273,8 +273,7 @@ def _curves(run: _Run) -> str:
   if not run.lines:
     return _missing('metrics.jsonl holds no step yet.')
   marks, start = [], 0
-  for name in ('warmup', 'generator', 'joint', 'student'):
-    length = run.config.schedule[f'{name}_steps']
+  for name, length in config_lib.phases(run.config.schedule).items():
     if length and start:
       marks.append((start, name))
     start += length

@@ -120,7 +120,7 @@ class Progress:
     shown = {
       k.split('/')[-1] if k.endswith('agreement') else k: f'{v:.3f}'
       for k, v in values.items()
-      if k in ('generator/loss', 'student/loss', 'student/agreement')
+      if k.endswith('/loss') or k == 'student/agreement'
     }
     step, self._done = done - self._done, done
     now = time.monotonic()

@@ -126,6 +126,17 @@ class Steps:
     return self.generator.num_classes
 
   @property
+  def of_phase(self) -> dict[str, Callable]:
+    """The step of each of `config.phases`."""
+    return {
+      'warm-up': self.warmup_step,
+      'generator': self.generator_step,
+      'procedural': self.procedural_step,
+      'joint': self.joint_step,
+      'student': self.student_step,
+    }
+
+  @property
   def _semantic(self) -> slice:
     return slice(self.first_semantic_layer, None)
 

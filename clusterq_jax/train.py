@@ -25,7 +25,6 @@ from clusterq_jax import (
   forecast,
   losses,
   preemption,
-  procedural,
   reuse,
   samples,
   sharding,
@@ -308,18 +307,8 @@ def _train(
     Preempted: SIGTERM came; the state is saved.
   """
   s, steps = run.config.schedule, run.steps
-  phases = (
-    ('warm-up', s.warmup_steps, steps.warmup_step),
-    ('generator', s.generator_steps, steps.generator_step),
-    (
-      'procedural',
-      s.procedural_batches * procedural.STEPS,
-      steps.procedural_step,
-    ),
-    ('joint', s.joint_steps, steps.joint_step),
-    ('student', s.student_steps, steps.student_step),
-  )
-  total = sum(length for _, length, _ in phases)
+  phases = config_lib.phases(s)
+  total = sum(phases.values())
   centroids_at = s.warmup_steps
   calibrate_at = total - s.student_steps - s.joint_steps
   start = done = int(state.step)
@@ -352,11 +341,11 @@ def _train(
   args = run.variables, run.keys[_TRAIN]
   end = 0
   with preemption.notice() as told_to_stop:
-    for phase, length, step_fn in phases:
+    for phase, length in phases.items():
       end += length
       if done >= end:
         continue
-      program = run.compile(step_fn, state, *args, donate=True)
+      program = run.compile(steps.of_phase[phase], state, *args, donate=True)
       while done < end:
         if done == centroids_at:
           state = run.initialize_centroids(state)

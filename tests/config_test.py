@@ -116,6 +116,7 @@ def test_differences_leave_out_what_may_differ(field, value):
     ('quant.last_weight_bits', 16, '2 to 8'),
     ('schedule.batch_size', 1, 'at least 2'),
     ('schedule.warmup_steps', -1, 'at least 0'),
+    ('schedule.procedural_batches', -1, 'at least 0'),
     ('eval.synthetic_images', 1999, 'at least 2000'),
     ('report.log_every', 0, 'at least 1'),
     ('checkpoint_every', 0, 'at least 1'),

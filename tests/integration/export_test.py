@@ -34,6 +34,7 @@ _OVERRIDES = (
   '--config.schedule.joint_steps=0',
   '--config.schedule.student_steps=1',
   '--config.schedule.pool_batches=1',
+  '--config.schedule.procedural_batches=0',
 )
 
 

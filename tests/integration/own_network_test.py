@@ -27,6 +27,7 @@ _STEPS = (
   '--config.schedule.generator_steps=1',
   '--config.schedule.student_steps=2',
   '--config.schedule.pool_batches=1',
+  '--config.schedule.procedural_batches=0',
   '--config.eval.synthetic_images=8',
 )
 

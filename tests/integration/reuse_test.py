@@ -14,6 +14,7 @@ def make_config(tiny_config_file):
   def make(bits=4, **fields):
     config = runpy.run_path(str(tiny_config_file))['get_config']()
     config.schedule.joint_steps = 0
+    config.schedule.procedural_batches = 1
     config.quant.weight_bits = config.quant.activation_bits = bits
     config.update_from_flattened_dict(fields)
     return config
@@ -39,8 +40,8 @@ def test_the_student_is_that_of_a_run_with_a_generator_of_its_own(
     own, taken = (tmp_path / run / name for run in ('own', 'taken'))
     assert own.read_bytes() == taken.read_bytes()
   lines = (tmp_path / 'taken' / 'metrics.jsonl').read_text().splitlines()
-  assert [json.loads(line)['step'] for line in lines] == [6, 7, 8]
-  assert results['steps'] == 8
+  assert [json.loads(line)['step'] for line in lines] == [16, 17, 18]
+  assert results['steps'] == 18
 
 
 @pytest.mark.parametrize(
@@ -64,5 +65,5 @@ def test_refuses_an_unfinished_run(make_config, source, tmp_path):
   train.quantize(make_config(), str(folder))
   (folder / 'config.json').write_text(begun.to_json())
   config = make_config(**{'generator.workdir': str(folder)})
-  with pytest.raises(InputError, match='not finished; expected .* step 9'):
+  with pytest.raises(InputError, match='not finished; expected .* step 19'):
     train.quantize(config, str(tmp_path / 'run'))
