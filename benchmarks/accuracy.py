@@ -85,7 +85,7 @@ MATRICES = {
   'cifar10': cells('cifar10_resnet20_fast', ('W4A4', 'W3A3', 'W4A8', 'W8A8')),
   'cifar100': cells('cifar100_variant', ('W4A4', 'W3A3', 'W4A8', 'W8A8')),
   'fashion_mnist': cells('fashion_mnist_resnet20', ('W4A4', 'W4A8', 'W8A8')),
-  'efficientnet_lite0': cells('efficientnet_lite0', ('W8A8',)),
+  'efficientnet_lite0': cells('efficientnet_lite0', ('W4A8', 'W8A8')),
   'integer': [
     *cells('cifar10_resnet20_fast', ('W4A4',), placement='integer'),
     *cells('cifar100_variant', ('W4A4',), placement='integer'),

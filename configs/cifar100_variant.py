@@ -8,8 +8,8 @@ README.md beside this file.
         --workdir=runs/cifar100_variant
 
 Needs weights/resnet20_cifar100_variant.pt. Teacher 69.98 on 5,000 CIFAR-100
-test images; student 66.26 (seed 2) in ten minutes on two cores. With 1,000
-student steps 66.36 and 66.76 (seeds 0 and 1), within the noise of it.
+test images; student 66.40, agreeing on 82.74 % (seed 0), in 25 minutes on two
+cores that carried two other runs.
 """
 
 import pathlib
