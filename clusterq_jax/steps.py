@@ -489,7 +489,9 @@ class Steps:
 
     def make():
       return procedural.dead_leaves(
-        jax.random.fold_in(key, batch), self.batch_size, self.generator.shape
+        jax.random.fold_in(key, state.step),
+        self.batch_size,
+        self.generator.shape,
       )
 
     pixels = jax.lax.dynamic_slice_in_dim(pool, start, self.batch_size)

@@ -36,7 +36,11 @@ def compensate(
     The shape of kernel; its step times a whole number between low and high.
   """
   count, groups, inputs = patches.shape
-  moments = jnp.einsum('pgn,pgm->gnm', patches, patches) / count
+  # The default precision of accelerators would leave them not quite positive.
+  moments = jnp.einsum(
+    'pgn,pgm->gnm', patches, patches, precision=lax.Precision.HIGHEST
+  )
+  moments /= count
   power = jnp.mean(jnp.diagonal(moments, axis1=1, axis2=2), -1)
   # More, the fewer outputs there are to tell the inputs apart.
   damping = (_DAMPING + inputs / count) * power + 1e-12
