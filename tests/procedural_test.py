@@ -32,7 +32,6 @@ def test_every_image_is_another_one():
   rows = _images().reshape(64, -1)
   between = np.corrcoef(rows) - np.eye(64)
   assert np.abs(between).max() < 0.9
-  assert np.abs(_images() - _images(seed=1)).min((1, 2, 3)).max() < 1
   assert not np.array_equal(_images(), _images(seed=1))
 
 
