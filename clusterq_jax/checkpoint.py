@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
 
 _KEPT = 2
@@ -57,6 +58,9 @@ class Checkpoints:
   ) -> tuple[Any, float] | None:
     """The newest readable state and the seconds that went into it.
 
+    Of several processes all have to call this; they restore the same state,
+    which each of them could read.
+
     Args:
       abstract: tree of `jax.ShapeDtypeStruct` with shardings.
       say: told when a checkpoint is skipped.
@@ -67,16 +71,20 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints and none can be read.
     """
-    steps = sorted(c.step for c in self._checkpointer.checkpoints)
+    steps = sharding.common([c.step for c in self._checkpointer.checkpoints])
     for step in reversed(steps):
+      restored, reason = None, 'by another process'
       try:
         state = self._checkpointer.load(step, abstract)
         jax.block_until_ready(state)
         metadata = self._checkpointer.metadata(step).custom_metadata or {}
-        return state, float(metadata.get('wall_s', 0.0))
+        restored = state, float(metadata.get('wall_s', 0.0))
       except Exception as e:  # a damaged file raises many kinds
-        first = (str(e).strip() or repr(e)).splitlines()[0]
-        say(f'checkpoint {step} cannot be read and is skipped ({first[:200]})')
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
+      # Processes that went on from different steps would compute nonsense.
+      if sharding.common([step] if restored else []):
+        return restored
+      say(f'checkpoint {step} cannot be read and is skipped ({reason[:200]})')
     if steps:
       raise InputError(
         f'{self._directory}: none of the checkpoints {steps} can be read; '

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from clusterq_jax import bucket, data, experiment, samples
 from clusterq_jax import config as config_lib
-from clusterq_jax import data, experiment, samples
 from clusterq_jax import student as student_lib
 from clusterq_jax import workdir as workdir_lib
 from clusterq_jax.errors import InputError
@@ -39,6 +39,7 @@ def folder_of(config: ml_collections.ConfigDict, workdir: str) -> pathlib.Path:
   return pathlib.Path(config.export.folder or f'{workdir}/export')
 
 
+@bucket.on_copy
 def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Writes the deployable files of a finished run into a new folder.
 
@@ -104,7 +105,7 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       folder.rename(target)
     sizes = {f.name: f.stat().st_size for f in sorted(target.iterdir())}
     return workdir_lib.merge_results(
-      run, {'export': {'folder': str(target), 'bytes': sizes}}
+      run, {'export': {'folder': bucket.address(target), 'bytes': sizes}}
     )
 
 

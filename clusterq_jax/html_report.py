@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from clusterq_jax import (
+  bucket,
   checkpoint,
   data,
   diagnostics,
@@ -128,6 +129,7 @@ class _Run:
     return names[label] if names else ''
 
 
+@bucket.on_copy
 def write(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Writes report.html and event files into the workdir of a run.
 
@@ -259,7 +261,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _summary(run: _Run) -> str:
   """What the run prints at its end."""
   text = _table(
-    (), report.closing_rows(run.results, run.config, str(run.folder))
+    (), report.closing_rows(run.results, run.config, bucket.address(run.folder))
   )
   config = html.escape(config_lib.to_json(run.config))
   return (

@@ -21,7 +21,9 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run, or gs://BUCKET/PATH.'
+)
 _MODES = {
   'quantize': train.quantize,
   'evaluate': train.evaluate,
@@ -83,13 +85,8 @@ def main(argv: list[str]) -> int:
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
-    print(
-      f'error: process {jax.process_index()} of {jax.process_count()} cannot '
-      f'go on ({(str(e).strip() or repr(e)).splitlines()[0]}); if that is '
-      'because another one is gone, start all of them again with the same '
-      'command: it resumes from the last checkpoint',
-      file=sys.stderr,
-    )
+    reason = (str(e).strip() or repr(e)).splitlines()[0]
+    print(sharding.gone(reason), file=sys.stderr)
     return 1
   return 0
 

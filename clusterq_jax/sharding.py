@@ -6,11 +6,15 @@ whole batch too. The state is replicated. Every process runs the same program on
 the same numbers; the first one alone, the lead, writes files and speaks.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clusterq_jax.errors import InputError
@@ -19,6 +23,8 @@ from clusterq_jax.errors import InputError
 _PROCESSES = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 # The others wait this long, at their end, while the lead evaluates.
 _WAIT_S = 24 * 3600
+# C calls what is in here; it must not be collected.
+_on_abort: list[object] = []
 
 
 def start(
@@ -63,6 +69,7 @@ def start(
     raise InputError(
       f'--distributed={mode}: {reason}; --distributed=off is for one process'
     ) from e
+  _on_abort.append(_speak_when_aborted())
   return (
     f'process {jax.process_index()} of {jax.process_count()}, '
     f'{jax.local_device_count()} of {jax.device_count()} devices: '
@@ -73,6 +80,51 @@ def start(
 def is_lead() -> bool:
   """Whether this process is the one that writes files."""
   return jax.process_index() == 0
+
+
+def gone(reason: str) -> str:
+  """The last line of a process that cannot go on, most likely without others.
+
+  Args:
+    reason: what stopped it.
+  """
+  return (
+    f'error: process {jax.process_index()} of {jax.process_count()} cannot go '
+    f'on ({reason}); if that is because another one is gone, start all of them '
+    'again with the same command: it resumes from the last checkpoint'
+  )
+
+
+def _speak_when_aborted() -> object:
+  """Has the process end with a clear line, and 1, where JAX aborts it.
+
+  JAX does so, after a page of its own, from a thread of its own, in the moment
+  that the lead is gone. A handler of Python's `signal` would wait for the main
+  thread, and `abort` does not wait; one of C's runs where `abort` is called.
+
+  Returns:
+    What C holds on to.
+  """
+  line = f'{gone("aborted, as said above")}\n'.encode()
+
+  def speak(_: int) -> None:
+    os.write(2, line)
+    os._exit(1)
+
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(speak)
+  ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+  return handler
+
+
+def common(numbers: Sequence[int]) -> list[int]:
+  """Those of a few numbers >= 0 that every process has, in order.
+
+  All processes have to call this; of each the largest eight count.
+  """
+  mine = sorted(numbers)[-8:]
+  padded = np.array(mine + [-1] * (8 - len(mine)), np.int32)
+  rows = multihost_utils.process_allgather(padded)
+  return sorted(set.intersection(*(set(row.tolist()) for row in rows)) - {-1})
 
 
 def leave(code: int) -> int:

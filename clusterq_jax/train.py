@@ -18,6 +18,7 @@ import numpy as np
 
 from clusterq_jax import (
   augment,
+  bucket,
   checkpoint,
   data,
   evaluation,
@@ -187,12 +188,13 @@ class _Run:
     )
 
 
+@bucket.on_copy
 def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Quantizes a teacher without data; resumes what the workdir holds.
 
   Args:
     config: see `config.defaults()`.
-    workdir: folder of the run, made when missing.
+    workdir: folder of the run, made when missing; or gs://BUCKET/PATH.
 
   Returns:
     What results.json holds: accuracies and agreements in percent, `wall_s` and
@@ -249,12 +251,14 @@ def _quantize(
     if config.generator.workdir:
       state = reuse.take_generator(config, teacher, run.keys[_INIT], state)
     checkpoints.save(int(state.step), state, 0.0)
+    bucket.upload(folder)
   else:
     state, wall_before = restored
 
   # --------------------------------------------------------------- the loop
   def save(step: int, state: TrainState) -> None:
     checkpoints.save(step, state, wall_before + time.monotonic() - began)
+    bucket.upload(folder)
 
   state, images_per_s = _train(run, state, folder, save)
 
@@ -319,7 +323,9 @@ def _train(
   log = metrics_lib.MetricsFile(file, done)
   progress = metrics_lib.Progress(total, done, s.batch_size, silent=not lead)
   if done:
-    progress.say(f'{folder}: resuming at step {done} of {total}')
+    progress.say(
+      f'{bucket.address(folder)}: resuming at step {done} of {total}'
+    )
   pending: list[tuple[int, str, Any]] = []
 
   def flush(keep: int) -> None:
@@ -404,6 +410,7 @@ def _on_images(
   return evaluation.on_images(networks, images, config.eval.batch_size)
 
 
+@bucket.on_copy
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Evaluates a finished run on the images that `config.eval` names.
 

@@ -30,11 +30,7 @@ def open_workdir(
       folder that cannot be written.
   """
   if '://' in workdir:
-    raise InputError(
-      f'--workdir={workdir}: expected a folder; mount the bucket on every '
-      'host, say with gcsfuse BUCKET /mnt/BUCKET, and give '
-      '--workdir=/mnt/BUCKET/...'
-    )
+    raise InputError(f'{workdir}: expected a folder or gs://BUCKET/PATH')
   folder = pathlib.Path(workdir)
   if not sharding.is_lead():
     yield folder

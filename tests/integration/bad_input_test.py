@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -147,10 +148,23 @@ def test_unwritable_workdir(command, tiny_config_file, tmp_path):
   assert file.read_text() == 'precious'
 
 
-def test_workdir_in_a_bucket(command, tiny_config_file):
-  outcome = command(f'--config={tiny_config_file}', '--workdir=gs://bucket/run')
-  _refused(outcome, 'gs://bucket/run', 'gcsfuse')
-  assert not os.path.exists('gs:')
+@pytest.mark.parametrize(
+  ('workdir', 'expected'),
+  [
+    ('s3://bucket/run', 'gs://BUCKET/PATH'),
+    ('gs://bucket/', 'gs://BUCKET/PATH'),
+    ('gs://bucket/run', 'gcsfs'),
+  ],
+)
+def test_workdir_elsewhere(
+  command, tiny_config_file, monkeypatch, workdir, expected
+):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # as if not installed
+  loaded = sys.modules['fsspec.registry']._registry
+  monkeypatch.delitem(loaded, 'gs', raising=False)
+  outcome = command(f'--config={tiny_config_file}', f'--workdir={workdir}')
+  _refused(outcome, workdir, expected)
+  assert not os.path.exists(workdir.partition('/')[0])
 
 
 def test_damaged_stored_config(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Two processes on this machine: one result, one writer, and none left alone.
+"""Several processes on this machine: one result, one writer, none left alone.
 
 They speak over loopback, with XLA's CPU collectives (gloo).
 """
@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-_STEPS = 12
+_STEPS = 15
 _FLAGS = (
   # The learning rates and range steps of the finished run's joint phase.
   '--config.schedule.warmup_steps=0',
@@ -32,21 +32,53 @@ runpy.run_module('clusterq_jax.main', run_name='__main__')
 """
 
 
-def _found_by(how, port, i):
-  """How process i of 2 finds the other: Python's arguments, and variables."""
+# Process 1 cannot read the newest of two checkpoints.
+_ONE_CANNOT_READ = """
+import sys
+import jax
+import jax.numpy as jnp
+from clusterq_jax import checkpoint, sharding
+folder, address, process = sys.argv[1:]
+sharding.start('on', address, 2, int(process))
+everywhere = sharding.replicated(sharding.make_mesh(2))
+make = jax.jit(lambda x: {'x': jnp.full(3, x)}, out_shardings=everywhere)
+checkpoints = checkpoint.Checkpoints(folder)
+for step in 1, 2:
+  checkpoints.save(step, make(step), 0.5)
+if process == '1':
+  load = checkpoints._checkpointer.load
+  checkpoints._checkpointer.load = lambda step, abstract: (
+    load(step, abstract) if step == 1 else [load(step, abstract), 1 / 0]
+  )
+abstract = jax.tree.map(
+  lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), make(0)
+)
+state, wall_s = checkpoints.restore(abstract, print)
+print(state['x'].tolist(), wall_s)
+"""
+
+
+def _free_port():
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    return found.getsockname()[1]
+
+
+def _found_by(how, port, i, count):
+  """How process i finds the others: Python's arguments, and variables."""
   if how == 'flags':
     return (
       '-m',
       'clusterq_jax.main',
       '--distributed=on',
       f'--coordinator_address=localhost:{port}',
-      '--num_processes=2',
+      f'--num_processes={count}',
       f'--process_id={i}',
     ), {}
   variables = {'JAX_COORDINATOR_PORT': str(port)}
   if how == 'gke':
     return ('-c', _ON_GKE), variables | {
-      'TPU_WORKER_HOSTNAMES': 'localhost,localhost',
+      'TPU_WORKER_HOSTNAMES': ','.join(['localhost'] * count),
       'TPU_WORKER_ID': str(i),
       'MEGASCALE_COORDINATOR_ADDRESS': 'localhost',
       'MEGASCALE_NUM_SLICES': '1',
@@ -56,7 +88,7 @@ def _found_by(how, port, i):
   return ('-m', 'clusterq_jax.main'), variables | {
     'SLURM_JOB_ID': '7',
     'SLURM_STEP_NODELIST': 'localhost',
-    'SLURM_NTASKS': '2',
+    'SLURM_NTASKS': str(count),
     'SLURM_PROCID': str(i),
     'SLURM_LOCALID': str(i),
   }
@@ -64,15 +96,13 @@ def _found_by(how, port, i):
 
 @pytest.fixture
 def start(spawn, tiny_config_file, tmp_path):
-  """Starts both processes of a run on tmp_path / 'run'; returns them."""
+  """Starts the processes of a run on tmp_path / 'run'; returns them."""
   started = []
 
-  def call(how):
-    with socket.socket() as found:
-      found.bind(('localhost', 0))
-      port = found.getsockname()[1]
-    for i in range(2):
-      arguments, variables = _found_by(how, port, i)
+  def call(how, count=2):
+    port = _free_port()
+    for i in range(count):
+      arguments, variables = _found_by(how, port, i, count)
       process = spawn(
         *arguments,
         f'--config={tiny_config_file}',
@@ -83,7 +113,7 @@ def start(spawn, tiny_config_file, tmp_path):
         **variables,
       )
       started.append(process)
-    return started[-2:]
+    return started[-count:]
 
   yield call
   for process in started:
@@ -137,8 +167,8 @@ def _reference(finished):
   return jax.device_get(losses)
 
 
-def test_two_processes(start, logged, finished, tmp_path):
-  """SIGTERM to one, then SIGKILL, then to the end, with the same command."""
+def test_several_processes(start, logged, finished, tmp_path):
+  """SIGTERM, then SIGKILL to either, then to the end, with the same command."""
   lead, other = start('flags')
   _wait(lead, logged)
   other.send_signal(signal.SIGTERM)
@@ -164,18 +194,52 @@ def test_two_processes(start, logged, finished, tmp_path):
   second = max(logged())
   assert second < _STEPS
 
-  processes = start('gke')
+  lead, other = start('flags')
+  _wait(lead, lambda: max(logged()) > second)
+  lead.kill()
+  killed_at = time.monotonic()
+  codes, said = _end((lead, other))
+  assert codes == [-9, 1], said
+  assert time.monotonic() - killed_at < 60
+  assert 'error: process 1 of 2 cannot go on' in said[1].splitlines()[-1]
+  assert 'the same command' in said[1].splitlines()[-1]
+
+  processes = start('gke', 4)
   codes, said = _end(processes)
-  assert codes == [0, 0], said
+  assert codes == [0] * 4, said
   assert 'resuming at step' in said[0]
-  assert said[1].count('\n') <= 2, said[1]  # what it is, and Gloo's own line
+  for text in said[1:]:
+    assert text.count('\n') <= 2, text  # what it is, and Gloo's own line
   assert list(logged()) == list(range(1, _STEPS + 1))
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert results['steps'] == _STEPS
-  assert len(results['devices']) == 2
+  assert len(results['devices']) == 4
   for step, expected in enumerate(_reference(finished), 1):
     for name in ('generator/loss', 'student/loss'):
       assert logged()[step][name] == pytest.approx(expected[name], rel=1e-5), (
         step,
         name,
       )
+
+
+def test_a_checkpoint_that_one_cannot_read(spawn, tmp_path):
+  address = f'localhost:{_free_port()}'
+  processes = [
+    spawn(
+      '-c',
+      _ONE_CANNOT_READ,
+      str(tmp_path),
+      address,
+      str(i),
+      JAX_PLATFORMS='cpu',
+    )
+    for i in range(2)
+  ]
+  said = [process.communicate(timeout=300) for process in processes]
+  for (out, error), reason in zip(
+    said, ('by another process', 'division by zero'), strict=True
+  ):
+    assert out.splitlines()[-2:] == [  # after a line of Gloo
+      f'checkpoint 2 cannot be read and is skipped ({reason})',
+      '[1, 1, 1] 0.5',
+    ], error
