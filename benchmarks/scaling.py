@@ -21,7 +21,7 @@ import tempfile
 import time
 from typing import Any
 
-from step_time import LAUNCH_ENVIRONMENT, ROOT
+from step_time import LAUNCH_ENVIRONMENT, ROOT, spread
 
 WARM_UP, TURNS, STEPS_PER_TURN = 2, 5, 2
 BASE = {
@@ -44,6 +44,7 @@ SERIES = {
   'devices': {'Fake devices': [{'devices': n} for n in (1, 2, 4, 8)]},
 }
 STEADY_STEPS, LOG_EVERY = 5000, 25
+TICKS, PAGE = os.sysconf('SC_CLK_TCK'), os.sysconf('SC_PAGE_SIZE')
 GROWTH_MB, GROWTH, SLOWER = 16, 0.02, 0.2  # more of either is a finding
 
 
@@ -54,7 +55,7 @@ def serve(spec: dict[str, Any]) -> None:
   import random_weights
 
   from clusterq_jax import config as config_lib
-  from clusterq_jax import experiment, metrics, sharding, train
+  from clusterq_jax import dryrun, experiment, metrics, sharding, train
 
   config = config_lib.fast()
   config.schedule.batch_size = spec['batch']
@@ -70,19 +71,20 @@ def serve(spec: dict[str, Any]) -> None:
   step = compile(getattr(steps, spec['step']), state, *args, donate=True)
 
   def timed(count):
+    """Seconds per step, elapsed and of all cores."""
     nonlocal state
-    seconds = []
+    elapsed, busy = time.perf_counter(), time.process_time()
     for _ in range(count):
-      start = time.perf_counter()
       state, _ = jax.block_until_ready(step(state, *args))
-      seconds.append(time.perf_counter() - start)
-    return seconds
+    elapsed, busy = time.perf_counter() - elapsed, time.process_time() - busy
+    return elapsed / count, busy / count
 
   timed(WARM_UP)
   print('true', flush=True)
   for _ in sys.stdin:
-    seconds = timed(STEPS_PER_TURN)
-    print(json.dumps([seconds, metrics.peak_rss_mb()]), flush=True)
+    times = timed(STEPS_PER_TURN)
+    memory = dryrun.memory(step) / 1e6, metrics.peak_rss_mb()
+    print(json.dumps([*times, *memory]), flush=True)
 
 
 def run_steadily(folder: str) -> None:
@@ -142,39 +144,34 @@ def measure(title: str, rows: list[dict[str, Any]]) -> None:
       )
     )
     answer(children[-1])  # one compiles at a time
-  seconds: list[list[list[float]]] = [[] for _ in rows]
-  peaks = [0.0] * len(rows)
+  turns: list[list[Any]] = [[] for _ in rows]
   for _, (i, child) in itertools.product(range(TURNS), enumerate(children)):
     print(file=child.stdin, flush=True)
-    turn, peaks[i] = answer(child)
-    seconds[i].append(turn)
+    turns[i].append(answer(child))
   for child in children:
     child.communicate()
-  print(f'\n| {title} | ms per step | ratio | peak MB |')
-  print('|---|---|---|---|')
-  medians = [[statistics.median(turn) for turn in turns] for turns in seconds]
-  for row, turns, own, peak in zip(rows, seconds, medians, peaks, strict=True):
-    ms = sorted(1e3 * s for turn in turns for s in turn)
-    ratios = [a / b for a, b in zip(own, medians[0], strict=True)]
-    name = next(str(value) for value in row.values())
-    print(
-      f'| {name} | {statistics.median(ms):.0f} ({ms[0]:.0f}-{ms[-1]:.0f}) | '
-      f'{statistics.median(ratios):.2f} ({min(ratios):.2f}-'
-      f'{max(ratios):.2f}) | {peak:.0f} |',
-      flush=True,
-    )
+  print(f'\n| {title} | s per step | ratio | CPU s | ratio | MB | peak MB |')
+  print('|---' * 7 + '|')
+  for row, own in zip(rows, turns, strict=True):
+    columns = [next(str(value) for value in row.values())]
+    for k in (0, 1):
+      ratios = [a[k] / b[k] for a, b in zip(own, turns[0], strict=True)]
+      columns += [spread([turn[k] for turn in own]), spread(ratios)]
+    columns += [f'{memory:.0f}' for memory in own[-1][2:]]
+    print(f'| {" | ".join(columns)} |', flush=True)
 
 
 def watch(child: subprocess.Popen, log: pathlib.Path):
-  """When each line of the log came, seconds, and the memory then, MB."""
-  seen: list[tuple[float, float]] = []
-  page = os.sysconf('SC_PAGE_SIZE') / 1e6
+  """Per line of the log: when it came, and CPU time, seconds; memory, MB."""
+  seen: list[tuple[float, float, float]] = []
+  process = pathlib.Path('/proc', str(child.pid))
   while child.poll() is None:
     time.sleep(0.005)
     lines = log.read_bytes().count(b'\n') if log.exists() else 0
     if lines > len(seen):
-      memory = pathlib.Path(f'/proc/{child.pid}/statm').read_text().split()
-      now = time.perf_counter(), page * int(memory[1])
+      memory = int((process / 'statm').read_text().split()[1])
+      busy = sum(map(int, (process / 'stat').read_text().split()[13:15]))
+      now = time.perf_counter(), busy / TICKS, memory * PAGE / 1e6
       seen += [now] * (lines - len(seen))
   if child.returncode or len(seen) != STEADY_STEPS // LOG_EVERY:
     sys.exit(f'error: the run ended with {child.returncode}')
@@ -188,18 +185,20 @@ def steady() -> bool:
     seen = watch(start(folder), log)
   per_thousand = 1000 // LOG_EVERY
   times, memories = [], []
-  print('\n| after steps | ms per step, median | mean | MB |')
-  print('|---|---|---|---|')
+  print('\n| after steps | ms per step, median | mean | CPU ms | MB |')
+  print('|---|---|---|---|---|')
   for end in range(per_thousand, len(seen) + 1, per_thousand):
     # The first few hundred steps fill caches and pools.
-    first = max(end - per_thousand, 300 // LOG_EVERY)
-    when = [1e3 * t / LOG_EVERY for t, _ in seen[first - 1 : end]]
-    each = [b - a for a, b in itertools.pairwise(when)]
-    times.append(statistics.median(each))
-    memories.append(seen[end - 1][1])
+    part = seen[max(end - per_thousand, 300 // LOG_EVERY) - 1 : end]
+    ms = [
+      [1e3 * (b[k] - a[k]) / LOG_EVERY for a, b in itertools.pairwise(part)]
+      for k in (0, 1)
+    ]
+    times.append(statistics.median(ms[0]))
+    memories.append(part[-1][2])
     print(
-      f'| {end * LOG_EVERY} | {times[-1]:.2f} | {statistics.mean(each):.2f} | '
-      f'{memories[-1]:.1f} |'
+      f'| {end * LOG_EVERY} | {times[-1]:.2f} | {statistics.mean(ms[0]):.2f} | '
+      f'{statistics.mean(ms[1]):.2f} | {memories[-1]:.1f} |'
     )
   more = memories[-1] - memories[0]
   slower = times[-1] / times[0] - 1

@@ -6,7 +6,7 @@
 Prints what one chip has to do, and its images per second against those of a
 chip that is alone, at the roofline of `clusterq_jax/dryrun.py`: first with the
 paper's batch, on as many chips as it divides among; then with a constant batch
-per chip. Random weights; all else is that of configs/ARCH.py.
+per chip. No weights: shapes are enough. The rest is that of configs/ARCH.py.
 """
 
 import argparse
@@ -15,12 +15,19 @@ import pathlib
 import runpy
 import sys
 
-import random_weights
+import jax
+import jax.numpy as jnp
 
 from clusterq_jax import dryrun
+from clusterq_jax import teacher as teacher_lib
+from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import protocol
+from clusterq_jax.models import registry
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 'configs'
+CLASSES = 1000
 SIDES = (1, 2, 4, 8, 16)  # of the pod, in chips
 PER_CHIP = (16, 64)  # images
 COLUMNS = (
@@ -33,9 +40,15 @@ def get_config(arch: str):
   return runpy.run_path(str(CONFIGS / f'{arch}.py'))['get_config']()
 
 
-@functools.cache
-def teacher(arch: str):
-  return random_weights.teacher(arch, num_classes=1000)
+def teacher(arch: str) -> teacher_lib.Teacher:
+  """With shapes in place of weights: compiling needs no more."""
+  build = registry.builder(arch, num_classes=CLASSES)
+  prep = Preprocessing(**registry.architecture(arch).preprocessing)
+  image = jax.ShapeDtypeStruct((1, *prep.shape), jnp.float32)
+  network = build(float_layers.layer_set())
+  variables = jax.eval_shape(network.init, jax.random.key(0), image)
+  graph = protocol.trace(build)
+  return teacher_lib.Teacher(build, graph, variables, prep, CLASSES, {}, (), '')
 
 
 @functools.cache
@@ -50,7 +63,7 @@ def need(arch: str, side: int, batch: int) -> dryrun.Need | str:
 
 def series(arch: str, batches: dict[int, int]) -> None:
   """Prints a row per pod; batches: of all chips, by side of the pod."""
-  alone = None  # images per second of a chip, with the first of the pods
+  alone = None  # images per second of one chip
   for side, batch in batches.items():
     chips = side * side
     found = need(arch, side, batch)
@@ -59,13 +72,13 @@ def series(arch: str, batches: dict[int, int]) -> None:
       row += ['does not fit', '', '', '', '']
     else:
       rate = batch / chips / found.step_s
-      alone = alone or rate
+      alone = rate if chips == 1 else alone
       row += [
         f'{found.memory / 1e9:.2f}',
         f'{found.flops / 1e9:.0f}',
         f'{found.network_bytes / 1e6:.1f}',
         f'{1e3 * found.step_s:.1f}',
-        f'{100 * rate / alone:.1f} %',
+        f'{100 * rate / alone:.1f} %' if alone else '',
       ]
     print(f'| {" | ".join(row)} |', flush=True)
 

@@ -155,8 +155,8 @@ class Need:
   """What a compiled step needs of one device.
 
   Attributes:
-    arguments, temporaries, code, memory: bytes; memory is all of it, donated
-      arguments and results counted once.
+    arguments, temporaries, code: bytes.
+    memory: bytes, of all together.
     flops: floating-point operations.
     traffic: bytes to and from memory.
     collectives: count and bytes by kind.
@@ -183,21 +183,30 @@ class Need:
     return max(self.compute_s, self.traffic_s) + self.network_s
 
 
+def memory(compiled: jax.stages.Compiled) -> int:
+  """Bytes that a program takes of a device, its arguments included."""
+  m: Any = compiled.memory_analysis()
+  # Donated arguments and results share their memory.
+  results = m.output_size_in_bytes - m.alias_size_in_bytes
+  return (
+    m.argument_size_in_bytes
+    + results
+    + m.temp_size_in_bytes
+    + m.generated_code_size_in_bytes
+  )
+
+
 def analyse(pod: Topology, compiled: jax.stages.Compiled) -> Need:
   """What a program that was compiled for the pod needs."""
   device = pod.device
-  memory: Any = compiled.memory_analysis()
+  parts: Any = compiled.memory_analysis()
   cost: Any = compiled.cost_analysis()
   found = collectives(compiled.as_text() or '')
   return Need(
-    arguments=memory.argument_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes,
-    code=memory.generated_code_size_in_bytes,
-    memory=memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes,
+    arguments=parts.argument_size_in_bytes,
+    temporaries=parts.temp_size_in_bytes,
+    code=parts.generated_code_size_in_bytes,
+    memory=memory(compiled),
     flops=cost['flops'],
     traffic=cost['bytes accessed'],
     collectives=found,
