@@ -17,19 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from clusterq_jax import statistics, weights
+from clusterq_jax import teacher as teacher_lib
 from clusterq_jax.data import Preprocessing
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.layers import protocol
 from clusterq_jax.models import registry
 
 _IMAGES = 8
+# For networks of which no input is usual.
+_SMALL = {'image_size': (32, 32), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 
 
 def make(arch: str, num_classes: int, seed: int):
   """Variables of a network, and the input that is usual for it."""
   build = registry.builder(arch, num_classes=num_classes)
-  usual = registry.architecture(arch).preprocessing
-  prep = Preprocessing(**usual)
+  prep = Preprocessing(**(registry.architecture(arch).preprocessing or _SMALL))
   random = np.random.RandomState(seed)
   network = build(float_layers.layer_set(train=True, tap=True))
   noise = random.randint(0, 256, (_IMAGES, *prep.shape), np.uint8)
@@ -64,6 +66,32 @@ def make(arch: str, num_classes: int, seed: int):
   return {**variables, 'batch_stats': observe(variables)}, prep
 
 
+def teacher(arch: str, num_classes: int, seed: int = 0) -> teacher_lib.Teacher:
+  """As if loaded from such a file."""
+  variables, prep = make(arch, num_classes, seed)
+  build = registry.builder(arch, num_classes=num_classes)
+  options = {'num_classes': num_classes}
+  return teacher_lib.Teacher(
+    build, protocol.trace(build), variables, prep, num_classes, options, (), ''
+  )
+
+
+def write(
+  path: pathlib.Path, arch: str, num_classes: int, seed: int = 0
+) -> None:
+  """Writes a file of the project's own format."""
+  variables, prep = make(arch, num_classes, seed)
+  metadata = {
+    'format': weights.FORMAT,
+    'arch': arch,
+    **{
+      key: value if isinstance(value, str) else json.dumps(value)
+      for key, value in dataclasses.asdict(prep).items()
+    },
+  }
+  weights.write_safetensors(path, jax.tree.map(np.asarray, variables), metadata)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--arch', required=True)
@@ -71,18 +99,7 @@ def main():
   parser.add_argument('--num_classes', type=int, default=1000)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
-  variables, prep = make(args.arch, args.num_classes, args.seed)
-  metadata = {
-    'format': weights.FORMAT,
-    'arch': args.arch,
-    **{
-      key: value if isinstance(value, str) else json.dumps(value)
-      for key, value in dataclasses.asdict(prep).items()
-    },
-  }
-  weights.write_safetensors(
-    args.output, jax.tree.map(np.asarray, variables), metadata
-  )
+  write(args.output, args.arch, args.num_classes, args.seed)
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ import ml_collections
 from clusterq_jax import config as config_lib
 from clusterq_jax import experiment, metrics, sharding, train
 from clusterq_jax.errors import InputError
+from clusterq_jax.teacher import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,106 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
   return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """What a compiled step needs of one device.
+
+  Attributes:
+    arguments, temporaries, code: bytes.
+    memory: bytes, of all together.
+    flops: floating-point operations.
+    traffic: bytes to and from memory.
+    collectives: count and bytes by kind.
+    compute_s, traffic_s, network_s: seconds at the roofline.
+  """
+
+  arguments: int
+  temporaries: int
+  code: int
+  memory: int
+  flops: float
+  traffic: float
+  collectives: dict[str, tuple[int, int]]
+  compute_s: float
+  traffic_s: float
+  network_s: float
+
+  @property
+  def network_bytes(self) -> int:
+    return sum(size for _, size in self.collectives.values())
+
+  @property
+  def step_s(self) -> float:
+    return max(self.compute_s, self.traffic_s) + self.network_s
+
+
+def memory(compiled: jax.stages.Compiled) -> int:
+  """Bytes that a program takes of a device, its arguments included."""
+  m: Any = compiled.memory_analysis()
+  # Donated arguments and results share their memory.
+  results = m.output_size_in_bytes - m.alias_size_in_bytes
+  return (
+    m.argument_size_in_bytes
+    + results
+    + m.temp_size_in_bytes
+    + m.generated_code_size_in_bytes
+  )
+
+
+def analyse(pod: Topology, compiled: jax.stages.Compiled) -> Need:
+  """What a program that was compiled for the pod needs."""
+  device = pod.device
+  parts: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis()
+  found = collectives(compiled.as_text() or '')
+  return Need(
+    arguments=parts.argument_size_in_bytes,
+    temporaries=parts.temp_size_in_bytes,
+    code=parts.generated_code_size_in_bytes,
+    memory=memory(compiled),
+    flops=cost['flops'],
+    traffic=cost['bytes accessed'],
+    collectives=found,
+    compute_s=cost['flops'] / device.flops,
+    traffic_s=cost['bytes accessed'] / device.bandwidth,
+    network_s=pod.collective_s(
+      sum(count for count, _ in found.values()),
+      sum(size for _, size in found.values()),
+    ),
+  )
+
+
+class Target:
+  """The steps of a config, for a pod; nothing is compiled yet.
+
+  Raises:
+    InputError: a batch that does not divide among the pod's devices.
+  """
+
+  def __init__(
+    self, pod: Topology, config: ml_collections.ConfigDict, teacher: Teacher
+  ):
+    mesh = sharding.make_mesh(config.schedule.batch_size, pod.devices)
+    steps = experiment.make_steps(config, teacher)
+    self.pod, self.steps = pod, dataclasses.replace(steps, mesh=mesh)
+    everywhere = sharding.replicated(mesh)
+    key, variables = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+      (jax.eval_shape(lambda: jax.random.key(0)), teacher.variables),
+    )
+    self._args = self.steps.abstract_state(key, variables), variables, key
+
+  def need(self, step: Callable) -> Need | str:
+    """Compiles one of `steps`; where it does not fit, the compiler's reason."""
+    compile = train.Compiler(self.steps.mesh)
+    try:
+      return analyse(self.pod, compile(step, *self._args, donate=True))
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      return str(e).strip().splitlines()[0]
+
+
 def dryrun(config: ml_collections.ConfigDict) -> int:
   """Compiles every step of a config for a pod and prints what it needs.
 
@@ -162,97 +264,56 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
   """
   config_lib.validate(config)
   pod = topology(config.dryrun.topology)
-  teacher = experiment.load_teacher(config)
-  mesh = sharding.make_mesh(config.schedule.batch_size, pod.devices)
-  steps = dataclasses.replace(experiment.make_steps(config, teacher), mesh=mesh)
-  everywhere = sharding.replicated(mesh)
-
-  def abstract(tree):
-    return jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-      tree,
-    )
-
-  key = abstract(jax.eval_shape(lambda: jax.random.key(0)))
-  variables = abstract(teacher.variables)
-  state = abstract(jax.eval_shape(steps.init, key, variables))
+  target = Target(pod, config, experiment.load_teacher(config))
   s = config.schedule
   print(
     f'{config.dryrun.topology}: {len(pod.devices)} devices '
     f'({pod.devices[0].device_kind}), batch {s.batch_size}. Per device:'
   )
   fits = True
-  programs = [(steps.calibrate_student, 1)]
+  programs = [(target.steps.calibrate_student, 1)]
   programs += [
-    (steps.of_phase[phase], length)
+    (target.steps.of_phase[phase], length)
     for phase, length in config_lib.phases(s).items()
   ]
   for step, length in programs:
     if not length:
       continue
-    try:
-      compiled = train.Compiler(mesh)(step, state, variables, key, donate=True)
-    except jax.errors.JaxRuntimeError as e:
-      if 'RESOURCE_EXHAUSTED' not in str(e):
-        raise
+    need = target.need(step)
+    if isinstance(need, str):
       fits = False
-      print(f'{step.__name__}: does not fit: {str(e).strip().splitlines()[0]}')
+      print(f'{step.__name__}: does not fit: {need}')
       continue
-    rows, fit = _rows(pod, compiled, length)
-    fits &= fit
+    fits &= need.memory <= pod.device.hbm
+    rows = _rows(need, pod.device.hbm, length)
     print(f'{step.__name__}\n{metrics.table(rows)}')
   return 0 if fits else 1
 
 
-def _rows(
-  pod: Topology, compiled: jax.stages.Compiled, length: int
-) -> tuple[list[tuple[str, str]], bool]:
-  """What a program needs, and whether the device has it; length: in steps."""
-  device = pod.device
-  memory: Any = compiled.memory_analysis()
-  cost: Any = compiled.cost_analysis()
-  # Donated arguments and results share their memory.
-  needed = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes
-  )
-  found = collectives(compiled.as_text() or '')
-  compute = cost['flops'] / device.flops
-  traffic = cost['bytes accessed'] / device.bandwidth
-  network = pod.collective_s(
-    sum(count for count, _ in found.values()),
-    sum(size for _, size in found.values()),
-  )
-  total = max(compute, traffic) + network
-  fit = needed <= device.hbm
-  rows = [
+def _rows(need: Need, hbm: float, length: int) -> list[tuple[str, str]]:
+  """What a step needs, and whether the device has it; length: in steps."""
+  fits = 'fits' if need.memory <= hbm else 'does NOT fit'
+  return [
     (
       'memory',
-      f'{needed / 1e6:.1f} MB of {device.hbm / 1e6:.0f} MB: '
-      f'{"fits" if fit else "does NOT fit"} (arguments '
-      f'{memory.argument_size_in_bytes / 1e6:.1f}, temporaries '
-      f'{memory.temp_size_in_bytes / 1e6:.1f}, code '
-      f'{memory.generated_code_size_in_bytes / 1e6:.1f})',
+      f'{need.memory / 1e6:.1f} MB of {hbm / 1e6:.0f} MB: {fits} (arguments '
+      f'{need.arguments / 1e6:.1f}, temporaries {need.temporaries / 1e6:.1f}, '
+      f'code {need.code / 1e6:.1f})',
     ),
     (
       'work',
-      f'{cost["flops"] / 1e9:.2f} GFLOP, {cost["bytes accessed"] / 1e6:.1f} MB '
-      'to and from memory',
+      f'{need.flops / 1e9:.2f} GFLOP, {need.traffic / 1e6:.1f} MB to and from '
+      'memory',
     ),
-  ]
-  rows += [
-    (kind, f'{size / 1e6:.3f} MB in {count}')
-    for kind, (count, size) in found.items()
-  ]
-  rows.append(
+    *(
+      (kind, f'{size / 1e6:.3f} MB in {count}')
+      for kind, (count, size) in need.collectives.items()
+    ),
     (
       'step',
-      f'{1e3 * total:.3f} ms at the roofline (arithmetic {1e3 * compute:.3f}, '
-      f'memory {1e3 * traffic:.3f}, network {1e3 * network:.3f}); '
-      f'{length} steps {length * total:.0f} s',
-    )
-  )
-  return rows, fit
+      f'{1e3 * need.step_s:.3f} ms at the roofline (arithmetic '
+      f'{1e3 * need.compute_s:.3f}, memory {1e3 * need.traffic_s:.3f}, network '
+      f'{1e3 * need.network_s:.3f}); {length} steps '
+      f'{length * need.step_s:.0f} s',
+    ),
+  ]

@@ -49,10 +49,9 @@ def test_fits(finished, monkeypatch, hbm):
   monkeypatch.setitem(dryrun.CHIPS, 'v5e', chip)
   pod = dryrun.Topology('v5e', (1, 1), jax.devices()[:1])
   program = finished.programs['joint_step']
-  rows, fits = dryrun._rows(pod, program, 1000)
-  assert fits == (hbm == 1e12)
-  rows = dict(rows)
-  assert ('does NOT fit' in rows['memory']) != fits
+  need = dryrun.analyse(pod, program)
+  rows = dict(dryrun._rows(need, pod.device.hbm, 1000))
+  assert ('does NOT fit' in rows['memory']) != (hbm == 1e12)
   flops = program.cost_analysis()['flops']
   assert f'{flops / 1e9:.2f} GFLOP' in rows['work']
   assert rows['step'].startswith(f'{flops / 1e6:.3f} ms')  # arithmetic alone

@@ -1,0 +1,235 @@
+"""How a step's time and memory grow: batch, classes, network, devices, steps.
+
+    python benchmarks/scaling.py batch|classes|network|devices|steady|all
+
+Each configuration runs in a process of its own, which compiles it once and
+discards two steps; then all of a series step in turns, so that what else the
+machine does falls on all alike. steady is a whole run of 5,000 small steps,
+watched from outside; exit code 1 where its memory or its steps grow. Random
+weights, no data: see README.md in this folder.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from step_time import LAUNCH_ENVIRONMENT, ROOT, spread
+
+WARM_UP, TURNS, STEPS_PER_TURN = 2, 5, 2
+BASE = {
+  'step': 'joint_step',
+  'arch': 'resnet8',
+  'classes': 10,
+  'batch': 64,
+  'devices': 1,
+}
+# Title -> what its rows differ in; the first row is what they are compared to.
+SERIES = {
+  'batch': {'Batch': [{'batch': n} for n in (16, 64, 256)]},
+  'classes': {
+    f'Classes, {step}': [{'classes': n, 'step': step} for n in (10, 100, 1000)]
+    for step in ('generator_step', 'student_step')
+  },
+  'network': {
+    'Network': [{'arch': f'resnet{n}'} for n in (8, 20, 56)],
+  },
+  'devices': {'Fake devices': [{'devices': n} for n in (1, 2, 4, 8)]},
+}
+STEADY_STEPS, LOG_EVERY = 5000, 25
+TICKS, PAGE = os.sysconf('SC_CLK_TCK'), os.sysconf('SC_PAGE_SIZE')
+GROWTH_MB, GROWTH, SLOWER = 16, 0.02, 0.2  # more of either is a finding
+
+
+# ------------------------------------------------------------------- children
+def serve(spec: dict[str, Any]) -> None:
+  """Compiles a step; then, per line of input, times some. Answers in JSON."""
+  import jax
+  import random_weights
+
+  from clusterq_jax import config as config_lib
+  from clusterq_jax import dryrun, experiment, metrics, sharding, train
+
+  config = config_lib.fast()
+  config.schedule.batch_size = spec['batch']
+  config.schedule.pool_batches = 1
+  config.schedule.procedural_batches = 0
+  teacher = random_weights.teacher(spec['arch'], spec['classes'])
+  steps = experiment.make_steps(config, teacher)
+  assert steps.mesh.size == spec['devices']
+  replicated = sharding.replicated(steps.mesh)
+  args = jax.device_put((teacher.variables, jax.random.key(0)), replicated)
+  state = jax.jit(steps.init, out_shardings=replicated)(args[1], args[0])
+  compile = train.Compiler(steps.mesh)
+  step = compile(getattr(steps, spec['step']), state, *args, donate=True)
+
+  def timed(count):
+    """Seconds per step, elapsed and of all cores."""
+    nonlocal state
+    elapsed, busy = time.perf_counter(), time.process_time()
+    for _ in range(count):
+      state, _ = jax.block_until_ready(step(state, *args))
+    elapsed, busy = time.perf_counter() - elapsed, time.process_time() - busy
+    return elapsed / count, busy / count
+
+  timed(WARM_UP)
+  print('true', flush=True)
+  for _ in sys.stdin:
+    times = timed(STEPS_PER_TURN)
+    memory = dryrun.memory(step) / 1e6, metrics.peak_rss_mb()
+    print(json.dumps([*times, *memory]), flush=True)
+
+
+def run_steadily(folder: str) -> None:
+  """A run of small joint steps, with its log and checkpoints."""
+  import random_weights
+
+  from clusterq_jax import config as config_lib
+  from clusterq_jax import train
+
+  weights = pathlib.Path(folder, 'teacher.safetensors')
+  random_weights.write(weights, 'resnet8', num_classes=10)
+  config = config_lib.fast()
+  config.teacher.arch, config.teacher.weights = 'resnet8', str(weights)
+  config.teacher.image_size = (8, 8)
+  config.generator.channels = (8, 8)
+  config.checkpoint_every = 500
+  config.report.log_every = LOG_EVERY
+  s = config.schedule
+  s.batch_size, s.joint_steps, s.pool_batches = 8, STEADY_STEPS, 2
+  s.warmup_steps = s.generator_steps = s.student_steps = 0
+  s.procedural_batches = 0
+  train.quantize(config, f'{folder}/run')
+
+
+# --------------------------------------------------------------------- parent
+def start(argument: str, devices: int = 1, **kwargs) -> subprocess.Popen:
+  """This script with `--child`, in the environment that runs have."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  return subprocess.Popen(
+    ['bash', '-c', LAUNCH_ENVIRONMENT, 'bash', sys.executable]
+    + [f'{ROOT}/benchmarks/scaling.py', f'--child={argument}'],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+    **kwargs,
+  )
+
+
+def answer(child: subprocess.Popen) -> Any:
+  line = child.stdout.readline()
+  if not line:
+    sys.exit(f'error: a measurement ended with {child.wait()}')
+  return json.loads(line)
+
+
+def measure(title: str, rows: list[dict[str, Any]]) -> None:
+  """Prints a table of a series."""
+  children = []
+  for row in rows:
+    spec = {**BASE, **row}
+    children.append(
+      start(
+        json.dumps(spec),
+        spec['devices'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+      )
+    )
+    answer(children[-1])  # one compiles at a time
+  turns: list[list[Any]] = [[] for _ in rows]
+  for _, (i, child) in itertools.product(range(TURNS), enumerate(children)):
+    print(file=child.stdin, flush=True)
+    turns[i].append(answer(child))
+  for child in children:
+    child.communicate()
+  print(f'\n| {title} | s per step | ratio | CPU s | ratio | MB | peak MB |')
+  print('|---' * 7 + '|')
+  for row, own in zip(rows, turns, strict=True):
+    columns = [next(str(value) for value in row.values())]
+    for k in (0, 1):
+      ratios = [a[k] / b[k] for a, b in zip(own, turns[0], strict=True)]
+      columns += [spread([turn[k] for turn in own]), spread(ratios)]
+    columns += [f'{memory:.0f}' for memory in own[-1][2:]]
+    print(f'| {" | ".join(columns)} |', flush=True)
+
+
+def watch(child: subprocess.Popen, log: pathlib.Path):
+  """Per line of the log: when it came, and CPU time, seconds; memory, MB."""
+  seen: list[tuple[float, float, float]] = []
+  process = pathlib.Path('/proc', str(child.pid))
+  while child.poll() is None:
+    time.sleep(0.005)
+    lines = log.read_bytes().count(b'\n') if log.exists() else 0
+    if lines > len(seen):
+      memory = int((process / 'statm').read_text().split()[1])
+      busy = sum(map(int, (process / 'stat').read_text().split()[13:15]))
+      now = time.perf_counter(), busy / TICKS, memory * PAGE / 1e6
+      seen += [now] * (lines - len(seen))
+  if child.returncode or len(seen) != STEADY_STEPS // LOG_EVERY:
+    sys.exit(f'error: the run ended with {child.returncode}')
+  return seen
+
+
+def steady() -> bool:
+  """Prints time and memory by thousand steps; whether they stay as they are."""
+  with tempfile.TemporaryDirectory() as folder:
+    log = pathlib.Path(folder, 'run', 'metrics.jsonl')
+    seen = watch(start(folder), log)
+  per_thousand = 1000 // LOG_EVERY
+  times, memories = [], []
+  print('\n| after steps | ms per step, median | mean | CPU ms | MB |')
+  print('|---|---|---|---|---|')
+  for end in range(per_thousand, len(seen) + 1, per_thousand):
+    # The first few hundred steps fill caches and pools.
+    part = seen[max(end - per_thousand, 300 // LOG_EVERY) - 1 : end]
+    ms = [
+      [1e3 * (b[k] - a[k]) / LOG_EVERY for a, b in itertools.pairwise(part)]
+      for k in (0, 1)
+    ]
+    times.append(statistics.median(ms[0]))
+    memories.append(part[-1][2])
+    print(
+      f'| {end * LOG_EVERY} | {times[-1]:.2f} | {statistics.mean(ms[0]):.2f} | '
+      f'{statistics.mean(ms[1]):.2f} | {memories[-1]:.1f} |'
+    )
+  more = memories[-1] - memories[0]
+  slower = times[-1] / times[0] - 1
+  grown = more > max(GROWTH_MB, GROWTH * memories[0]) or slower > SLOWER
+  print(
+    f'from the first thousand to the last: {more:+.1f} MB, step time '
+    f'{100 * slower:+.1f} %: {"GROWS" if grown else "steady"}'
+  )
+  return not grown
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('part', nargs='?', choices=[*SERIES, 'steady', 'all'])
+  parser.add_argument('--child', help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.child:
+    if args.child.startswith('{'):
+      serve(json.loads(args.child))
+    else:
+      run_steadily(args.child)
+    return 0
+  if args.part is None:
+    parser.error('expected a part')
+  print(f'{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f}')
+  for part, tables in SERIES.items():
+    if args.part in (part, 'all'):
+      for title, rows in tables.items():
+        measure(title, rows)
+  return int(args.part in ('steady', 'all') and not steady())
+
+
+if __name__ == '__main__':
+  sys.exit(main())

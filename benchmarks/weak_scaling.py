@@ -1,0 +1,105 @@
+"""Weak scaling on paper: joint steps compiled for TPU v5e pods, never run.
+
+    pip install -e '.[dryrun]'    # libtpu; in an environment of its own
+    python benchmarks/weak_scaling.py resnet18 resnet50
+
+Prints what one chip has to do, and its images per second against those of a
+chip that is alone, at the roofline of `clusterq_jax/dryrun.py`: first with the
+paper's batch, on as many chips as it divides among; then with a constant batch
+per chip. No weights: shapes are enough. The rest is that of configs/ARCH.py.
+"""
+
+import argparse
+import functools
+import pathlib
+import runpy
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from clusterq_jax import dryrun
+from clusterq_jax import teacher as teacher_lib
+from clusterq_jax.data import Preprocessing
+from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import protocol
+from clusterq_jax.models import registry
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 'configs'
+CLASSES = 1000
+SIDES = (1, 2, 4, 8, 16)  # of the pod, in chips
+PER_CHIP = (16, 64)  # images
+COLUMNS = (
+  'network | chips | batch (per chip) | GB per chip | GFLOP per chip | '
+  'MB in collectives | ms | efficiency'
+)
+
+
+def get_config(arch: str):
+  return runpy.run_path(str(CONFIGS / f'{arch}.py'))['get_config']()
+
+
+def teacher(arch: str) -> teacher_lib.Teacher:
+  """With shapes in place of weights: compiling needs no more."""
+  build = registry.builder(arch, num_classes=CLASSES)
+  prep = Preprocessing(**registry.architecture(arch).preprocessing)
+  image = jax.ShapeDtypeStruct((1, *prep.shape), jnp.float32)
+  network = build(float_layers.layer_set())
+  variables = jax.eval_shape(network.init, jax.random.key(0), image)
+  graph = protocol.trace(build)
+  return teacher_lib.Teacher(build, graph, variables, prep, CLASSES, {}, (), '')
+
+
+@functools.cache
+def need(arch: str, side: int, batch: int) -> dryrun.Need | str:
+  """What a joint step needs of one of side * side chips; batch: of all."""
+  pod = dryrun.topology(f'v5e:{side}x{side}')
+  config = get_config(arch)
+  config.schedule.batch_size = batch
+  target = dryrun.Target(pod, config, teacher(arch))
+  return target.need(target.steps.joint_step)
+
+
+def series(arch: str, batches: dict[int, int]) -> None:
+  """Prints a row per pod; batches: of all chips, by side of the pod."""
+  alone = None  # images per second of one chip
+  for side, batch in batches.items():
+    chips = side * side
+    found = need(arch, side, batch)
+    row = [arch, str(chips), f'{batch} ({batch // chips})']
+    if isinstance(found, str):
+      row += ['does not fit', '', '', '', '']
+    else:
+      rate = batch / chips / found.step_s
+      alone = rate if chips == 1 else alone
+      row += [
+        f'{found.memory / 1e9:.2f}',
+        f'{found.flops / 1e9:.0f}',
+        f'{found.network_bytes / 1e6:.1f}',
+        f'{1e3 * found.step_s:.1f}',
+        f'{100 * rate / alone:.1f} %' if alone else '',
+      ]
+    print(f'| {" | ".join(row)} |', flush=True)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    'archs', nargs='+', choices=['resnet18', 'resnet50', 'mobilenet_v2']
+  )
+  print(f'| {COLUMNS} |\n{"|---" * 8}|')
+  try:
+    for arch in parser.parse_args().archs:
+      paper = get_config(arch).schedule.batch_size
+      series(arch, {n: paper for n in SIDES if paper % n**2 == 0})
+      for images in PER_CHIP:
+        series(arch, {n: images * n**2 for n in SIDES})
+  except InputError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
