@@ -47,6 +47,9 @@ class Checkpoints:
         step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
       )
     except Exception as e:  # Orbax and TensorStore raise many kinds
+      # All meet here, but the lead alone writes: another one may be gone.
+      if not sharding.is_lead() or isinstance(e, jax.errors.JaxRuntimeError):
+        raise
       reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
       raise InputError(
         f'{self._directory}: checkpoint {step} cannot be written ({reason}); '
