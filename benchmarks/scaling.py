@@ -30,7 +30,11 @@ BASE = {
   'classes': 10,
   'batch': 64,
   'devices': 1,
+  'threads': os.cpu_count(),
 }
+# Of XLA's pool. With fewer, collectives on fake devices, each of which keeps a
+# thread until the others have come, can take all of them and wait for ever.
+MANY_THREADS = 16
 # Title -> what its rows differ in; the first row is what they are compared to.
 SERIES = {
   'batch': {'Batch': [{'batch': n} for n in (16, 64, 256)]},
@@ -41,7 +45,12 @@ SERIES = {
   'network': {
     'Network': [{'arch': f'resnet{n}'} for n in (8, 20, 56)],
   },
-  'devices': {'Fake devices': [{'devices': n} for n in (1, 2, 4, 8)]},
+  'devices': {
+    f'Fake devices, {MANY_THREADS} threads after the first row': [
+      {'devices': 1},
+      *({'devices': n, 'threads': MANY_THREADS} for n in (1, 2, 4, 8)),
+    ],
+  },
 }
 STEADY_STEPS, LOG_EVERY = 5000, 25
 TICKS, PAGE = os.sysconf('SC_CLK_TCK'), os.sysconf('SC_PAGE_SIZE')
@@ -51,6 +60,9 @@ GROWTH_MB, GROWTH, SLOWER = 16, 0.02, 0.2  # more of either is a finding
 # ------------------------------------------------------------------- children
 def serve(spec: dict[str, Any]) -> None:
   """Compiles a step; then, per line of input, times some. Answers in JSON."""
+  os.environ['NPROC'] = str(spec['threads'])
+  devices = f'--xla_force_host_platform_device_count={spec["devices"]}'
+  os.environ['XLA_FLAGS'] = devices
   import jax
   import random_weights
 
@@ -110,14 +122,12 @@ def run_steadily(folder: str) -> None:
 
 
 # --------------------------------------------------------------------- parent
-def start(argument: str, devices: int = 1, **kwargs) -> subprocess.Popen:
+def start(argument: str, **kwargs) -> subprocess.Popen:
   """This script with `--child`, in the environment that runs have."""
-  flags = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
     ['bash', '-c', LAUNCH_ENVIRONMENT, 'bash', sys.executable]
     + [f'{ROOT}/benchmarks/scaling.py', f'--child={argument}'],
     cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
     **kwargs,
   )
 
@@ -137,7 +147,6 @@ def measure(title: str, rows: list[dict[str, Any]]) -> None:
     children.append(
       start(
         json.dumps(spec),
-        spec['devices'],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -215,6 +224,7 @@ def main() -> int:
   parser.add_argument('part', nargs='?', choices=[*SERIES, 'steady', 'all'])
   parser.add_argument('--child', help=argparse.SUPPRESS)
   args = parser.parse_args()
+  os.environ['JAX_PLATFORMS'] = 'cpu'
   if args.child:
     if args.child.startswith('{'):
       serve(json.loads(args.child))
