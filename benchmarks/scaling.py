@@ -128,6 +128,7 @@ def start(argument: str, **kwargs) -> subprocess.Popen:
     ['bash', '-c', LAUNCH_ENVIRONMENT, 'bash', sys.executable]
     + [f'{ROOT}/benchmarks/scaling.py', f'--child={argument}'],
     cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
     **kwargs,
   )
 

@@ -85,9 +85,7 @@ def series(arch: str, batches: dict[int, int]) -> None:
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    'archs', nargs='+', choices=['resnet18', 'resnet50', 'mobilenet_v2']
-  )
+  parser.add_argument('archs', nargs='+', choices=['resnet18', 'resnet50'])
   print(f'| {COLUMNS} |\n{"|---" * 8}|')
   try:
     for arch in parser.parse_args().archs:

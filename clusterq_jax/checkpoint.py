@@ -39,7 +39,9 @@ class Checkpoints:
     """Saves, and returns once the checkpoint is whole.
 
     Raises:
-      InputError: the disk is full or the folder cannot be written to.
+      InputError: the disk is full or the folder cannot be written to. Of
+        several processes that is the lead's to say; the others raise what
+        stopped them.
     """
     try:
       # Over one that is there already: it could not be read.
@@ -47,7 +49,8 @@ class Checkpoints:
         step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
       )
     except Exception as e:  # Orbax and TensorStore raise many kinds
-      # All meet here, but the lead alone writes: another one may be gone.
+      # All meet here, but the lead alone writes. What stops the others, or
+      # comes from the devices, is a process that is gone, not the disk.
       if not sharding.is_lead() or isinstance(e, jax.errors.JaxRuntimeError):
         raise
       reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)

@@ -82,6 +82,10 @@ class Topology:
       chip.link * share,
     )
 
+  def holds(self, need: 'Need') -> bool:
+    """Whether a device has the memory that a step needs."""
+    return need.memory <= self.device.hbm
+
   def collective_s(self, count: int, size: float) -> float:
     """Seconds for `count` collectives that move `size` bytes together.
 
@@ -284,21 +288,20 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
       fits = False
       print(f'{step.__name__}: does not fit: {need}')
       continue
-    fits &= need.memory <= pod.device.hbm
-    rows = _rows(need, pod.device.hbm, length)
-    print(f'{step.__name__}\n{metrics.table(rows)}')
+    fits &= pod.holds(need)
+    print(f'{step.__name__}\n{metrics.table(_rows(need, pod, length))}')
   return 0 if fits else 1
 
 
-def _rows(need: Need, hbm: float, length: int) -> list[tuple[str, str]]:
+def _rows(need: Need, pod: Topology, length: int) -> list[tuple[str, str]]:
   """What a step needs, and whether the device has it; length: in steps."""
-  fits = 'fits' if need.memory <= hbm else 'does NOT fit'
+  fits = 'fits' if pod.holds(need) else 'does NOT fit'
   return [
     (
       'memory',
-      f'{need.memory / 1e6:.1f} MB of {hbm / 1e6:.0f} MB: {fits} (arguments '
-      f'{need.arguments / 1e6:.1f}, temporaries {need.temporaries / 1e6:.1f}, '
-      f'code {need.code / 1e6:.1f})',
+      f'{need.memory / 1e6:.1f} MB of {pod.device.hbm / 1e6:.0f} MB: {fits} '
+      f'(arguments {need.arguments / 1e6:.1f}, temporaries '
+      f'{need.temporaries / 1e6:.1f}, code {need.code / 1e6:.1f})',
     ),
     (
       'work',

@@ -25,6 +25,7 @@ _PROCESSES = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 _WAIT_S = 24 * 3600
 # C calls what is in here; it must not be collected.
 _on_abort: list[object] = []
+_MOST = 8  # numbers that processes compare
 
 
 def start(
@@ -119,10 +120,10 @@ def _speak_when_aborted() -> object:
 def common(numbers: Sequence[int]) -> list[int]:
   """Those of a few numbers >= 0 that every process has, in order.
 
-  All processes have to call this; of each the largest eight count.
+  All processes have to call this; of each the largest `_MOST` count.
   """
-  mine = sorted(numbers)[-8:]
-  padded = np.array(mine + [-1] * (8 - len(mine)), np.int32)
+  mine = sorted(numbers)[-_MOST:]
+  padded = np.array(mine + [-1] * (_MOST - len(mine)), np.int32)
   rows = multihost_utils.process_allgather(padded)
   return sorted(set.intersection(*(set(row.tolist()) for row in rows)) - {-1})
 

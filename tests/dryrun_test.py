@@ -50,8 +50,10 @@ def test_fits(finished, monkeypatch, hbm):
   pod = dryrun.Topology('v5e', (1, 1), jax.devices()[:1])
   program = finished.programs['joint_step']
   need = dryrun.analyse(pod, program)
-  rows = dict(dryrun._rows(need, pod.device.hbm, 1000))
-  assert ('does NOT fit' in rows['memory']) != (hbm == 1e12)
+  fits = pod.holds(need)
+  assert fits == (hbm == 1e12)
+  rows = dict(dryrun._rows(need, pod, 1000))
+  assert ('does NOT fit' in rows['memory']) != fits
   flops = program.cost_analysis()['flops']
   assert f'{flops / 1e9:.2f} GFLOP' in rows['work']
   assert rows['step'].startswith(f'{flops / 1e6:.3f} ms')  # arithmetic alone

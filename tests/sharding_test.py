@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from clusterq_jax import sharding
+from clusterq_jax import checkpoint, sharding
 from clusterq_jax.errors import InputError
 
 # --- Devices -----------------------------------------------------------------
@@ -105,6 +105,7 @@ def test_eight_devices_give_the_losses_of_one(
     str(tmp_path),
     JAX_PLATFORMS='cpu',
     XLA_FLAGS='--xla_force_host_platform_device_count=8',
+    NPROC='16',  # of XLA's threads: fewer can all wait in a collective
     JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # compiles faster
   )
   key = jax.device_put(jax.random.key(7), finished.key.sharding)
@@ -136,6 +137,8 @@ def initialized(monkeypatch):
   monkeypatch.setattr(
     jax.distributed, 'initialize', lambda *args, **kwargs: calls.append(args)
   )
+  # It would change what happens when the tests themselves are aborted.
+  monkeypatch.setattr(sharding, '_speak_when_aborted', lambda: None)
   for name in list(os.environ):
     if name.startswith(('SLURM_', 'OMPI_')):
       monkeypatch.delenv(name)
@@ -195,3 +198,24 @@ def test_refusal_is_one_line(spawn, tiny_config_file, tmp_path):
   assert process.returncode == 2
   assert error.startswith('error: --distributed=on: ')
   assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  ('lead', 'kind', 'expected'),
+  [
+    (True, ValueError, InputError),
+    (True, jax.errors.JaxRuntimeError, jax.errors.JaxRuntimeError),
+    (False, ValueError, ValueError),
+  ],
+)
+def test_whom_a_failed_save_blames(monkeypatch, tmp_path, lead, kind, expected):
+  """The disk, but where the devices or another process must be at fault."""
+  checkpoints = checkpoint.Checkpoints(str(tmp_path))
+
+  def save(*args, **kwargs):
+    raise kind('no')
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'save', save)
+  monkeypatch.setattr(sharding, 'is_lead', lambda: lead)
+  with pytest.raises(expected, match='no'):
+    checkpoints.save(1, {'x': np.zeros(1)}, 0.0)
