@@ -233,16 +233,17 @@ def output_errors(
     theirs = outputs(teacher_variables, x, quantize=False)
     found = {}
     for name, output in plan.outputs:
-      low, high = numerics.activation_range(output.bits, output.signed)
+      own = student_variables['quant'].get(name, {})
+      low, high = output.codes(own.get('zero_point'))
       if output.step is None:
-        step = jnp.exp(student_variables['quant'][name]['output'])
+        step = jnp.exp(own['output'])
       else:
         step = jnp.float32(output.step)
       before, after = ours[name]
       target = theirs[name][0]
       codes = jnp.round(before / step)
       inside = jnp.clip(codes, low, high).astype(jnp.int32) - low
-      used = jnp.bincount(inside.ravel(), length=high - low + 1) > 0
+      used = jnp.bincount(inside.ravel(), length=2**output.bits) > 0
       found[name] = (
         jnp.mean(before**2),
         jnp.mean((before - after) ** 2),

@@ -68,7 +68,10 @@ def make_steps(
     optimizer = optax.scale_by_adam()
   else:
     optimizer = optax.chain(
-      optax.add_decayed_weights(student.weight_decay),
+      # A step has no size that it should shrink to.
+      optax.add_decayed_weights(
+        student.weight_decay, lambda tree: {k: k == 'params' for k in tree}
+      ),
       optax.trace(student.momentum, nesterov=True),
     )
   total = config_lib.total_steps(s)

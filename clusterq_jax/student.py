@@ -175,8 +175,18 @@ def _make(
     json.loads(metadata['learned']),
     preprocessing.limit,
   )
+  variables = weights_lib.unflatten(tensors)
+  for name, output in plan.outputs:
+    if output.zero_point:
+      middle = 2 ** (output.bits - 1)  # of files from before zero points
+      zero = variables['quant'][name].setdefault('zero_point', middle)
+      if not 0 <= zero < 2**output.bits or zero != np.rint(zero):
+        raise InputError(
+          f'quant.{name}.zero_point={zero}; expected a whole number from 0 to '
+          f'{2**output.bits - 1}'
+        )
   return Student(
-    variables=weights_lib.unflatten(tensors),
+    variables=variables,
     preprocessing=preprocessing,
     bits=bits,
     class_names=tuple(json.loads(metadata['class_names'])),

@@ -226,6 +226,19 @@ def test_runtime_agrees_at_any_bits(
   np.testing.assert_array_equal(ours[:1], _run(model, images[:1]))
 
 
+def test_zero_points_move_the_codes():
+  one = _student(_tiny('windows'), _bits(4, 4))
+  folded = one.integer()
+  zeros = []
+  for name in ('stem', 'windows'):  # signed, and they feed a convolution
+    zeros.append(float(one.variables['quant'][name]['zero_point']))
+    low = 128 - zeros[-1]
+    assert folded.grids[name][1:] == (128, low, low + 15)
+  assert zeros != [8, 8]  # as the tests of the runtime above have them
+  # A byte has no room for more.
+  assert folded.grids['add'][1:] == (128, 0, 255)
+
+
 @pytest.mark.parametrize(
   ('kind', 'adds', 'windows', 'pools'),
   [('embedded', 9, 0, 1), ('mobile', 1, 0, 1), ('windows', 1, 2, 0)],

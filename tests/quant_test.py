@@ -162,6 +162,24 @@ def test_mse_step_is_the_best_clip(low, high):
   assert np.all(found <= 1.1 * best)
 
 
+@pytest.mark.parametrize('bits', [2, 3, 4])
+@pytest.mark.parametrize('skew', [-1.0, 0.0, 1.0])
+def test_mse_zero_point(bits, skew):
+  random = np.random.RandomState(5)
+  # Channels last, of different spread: every one must be in the sample.
+  x = random.randn(9_001, 16) * np.linspace(0.5, 1.5, 16) + skew
+  x = (3 * x).astype(np.float32)
+  step, zero = numerics.mse_zero_point(x, bits)
+  assert zero == np.rint(zero)
+  assert 0 <= zero <= 2**bits - 1
+  assert np.sign(2 ** (bits - 1) - 0.5 - zero) == np.sign(skew) or not skew
+  found = _errors(x, step, -zero, 2**bits - 1 - zero)
+  codes = numerics.activation_range(bits, signed=True)
+  centred = _errors(x, numerics.mse_step(x, *codes, (0, 1)), *codes)
+  # Centred codes have one more below zero than above.
+  assert np.mean(found) < (0.9 if skew > 0 else 1.01) * np.mean(centred)
+
+
 def test_mse_step_is_a_constant():
   x = jnp.linspace(-1, 2, 12).reshape(6, 2)
   g = jax.grad(lambda x: jnp.sum(numerics.mse_step(x, -3, 3, (0,))))(x)

@@ -1,5 +1,6 @@
 """Networks that a user registers: weights, refusals, names."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -9,8 +10,9 @@ from clusterq_jax import config as config_lib
 from clusterq_jax import student, teacher, weights
 from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import protocol
+from clusterq_jax.layers import fake_quant, protocol
 from clusterq_jax.models import registry
+from clusterq_jax.quant import plan
 
 _EXPECTS = Preprocessing(image_size=(8, 6), mean=(0.5,), std=(0.25,))
 _ROWS = {
@@ -26,12 +28,13 @@ class _Net(nn.Module):
   layers: protocol.LayerSet
   num_classes: int
   width: int = 4
+  act: str | None = 'relu'
 
   @nn.compact
   def __call__(self, x):
     layers = self.layers
     x = layers.input(name='input')(x)
-    x = layers.conv_bn(self.width, 3, act='relu', name='first')(x)
+    x = layers.conv_bn(self.width, 3, act=self.act, name='first')(x)
     y = layers.conv_bn(self.width, 1, name='stage1_block1_side')(x)
     x = layers.add(name='stage1_block1_add')(x, y)
     x = layers.avg_pool(kernel=3, strides=3, name='pool')(x)
@@ -40,6 +43,10 @@ class _Net(nn.Module):
 
 class _Wider(_Net):
   width: int = 6
+
+
+class _Signed(_Net):
+  act: str | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +196,35 @@ def test_student_of_an_unknown_network(tmp_path):
   message = str(caught.value)
   assert message.startswith(f"{path}: no network 'net' is known; ")
   assert message.endswith('import first the file that registers it')
+
+
+@pytest.mark.parametrize(
+  ('found', 'loaded'), [(5, 5), (None, 8), (2.5, None), (16, None), (-1, None)]
+)
+def test_zero_point_of_a_student(file, tmp_path, found, loaded):
+  """What the file says; the middle in files from before zero points."""
+  _register(_Signed)
+  source = teacher.load('net', _save(file))
+  bits = plan.Bits(4, 4, 4, 4, 'paper')
+  decided = plan.make_plan(source.graph, bits, True, 2.0)
+  network = source.build(fake_quant.layer_set(decided))
+  x = jnp.ones((1, 8, 6, 1))
+  _, quant = network.apply(source.variables, x, mutable=['quant'])
+  variables = {**source.variables, **quant}
+  variables['quant']['first'].pop('zero_point')
+  if found is not None:
+    variables['quant']['first']['zero_point'] = np.float32(found)
+  path = tmp_path / 'student.safetensors'
+  options = {'num_classes': 3}
+  preprocessing = source.preprocessing
+  student.save(path, variables, 'net', options, bits, True, preprocessing, ())
+  if loaded is None:
+    with pytest.raises(InputError) as caught:
+      student.load(path)
+    assert str(caught.value) == (
+      f'{path}: quant.first.zero_point={float(found)}; expected a whole number '
+      'from 0 to 15'
+    )
+  else:
+    quant = student.load(path).variables['quant']
+    assert quant['first']['zero_point'] == loaded

@@ -2,7 +2,8 @@
 
 The same parameters and BatchNorm statistics as the float set, by name, plus the
 collection `quant`: the logarithm of each quantizer's step (a step is positive,
-and its useful changes are relative), but of those that the plan fixes.
+and its useful changes are relative), but of those that the plan fixes; and the
+zero points, which do not train.
 BatchNorm statistics are the teacher's, frozen; its gain and bias train.
 Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
 """
@@ -108,7 +109,9 @@ class _Quantized(nn.Module):
     output = self.plan.output(self.name)
     if output is None:
       return x
-    low, high = numerics.activation_range(output.bits, output.signed)
+    if output.zero_point:
+      return self._quantize_shifted(x, output)
+    low, high = output.codes()
     if output.step is not None:
       return numerics.fake_quant(x, jnp.float32(output.step), low, high)
     axes = tuple(range(x.ndim))
@@ -121,6 +124,19 @@ class _Quantized(nn.Module):
         init_fn=lambda: None,
       )
     return self._quantize(x, 'output', low, high, axes)
+
+  def _quantize_shifted(self, x, output):
+    def best():
+      step, zero = numerics.mse_zero_point(x, output.bits)
+      return jnp.log(step), zero
+
+    log_step = self.variable('quant', 'output', lambda: best()[0])
+    zero = self.variable('quant', 'zero_point', lambda: best()[1])
+    if self.calibrate:
+      log_step.value, zero.value = best()
+    return numerics.fake_quant(
+      x, jnp.exp(log_step.value), *output.codes(zero.value)
+    )
 
 
 class QuantConv(_Quantized):

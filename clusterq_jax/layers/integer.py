@@ -259,10 +259,11 @@ def round_biases(folded: Folded, student: Any) -> dict[str, Any]:
 def _grid(node: Node, plan: Plan, student: Any) -> Grid:
   output = plan.output(node.name)
   assert output is not None, f'{node.name} has no quantizer'
-  low, high = numerics.activation_range(output.bits, output.signed)
+  own = student['quant'].get(node.name, {})
+  low, high = map(int, output.codes(own.get('zero_point')))
   step = output.step
   if step is None:
-    step = np.exp(np.float32(student['quant'][node.name]['output']))
+    step = np.exp(np.float32(own['output']))
   if node.act == 'relu6':
     high = min(high, int(np.rint(np.float32(float_layers.RELU6) / step)))
   zero = 128 if output.signed else 0

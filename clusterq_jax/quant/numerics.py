@@ -5,13 +5,12 @@ A quantized tensor is represented by its dequantized float values:
 where the codes [low, high] are
   weights              narrow symmetric  [-(2^(b-1) - 1), 2^(b-1) - 1]
   unsigned activations                   [0, 2^b - 1]
-  signed activations                     [-2^(b-1), 2^(b-1) - 1]
+  signed activations                     [-2^(b-1), 2^(b-1) - 1],
+    with a zero point Z of their own     [-Z, 2^b - 1 - Z].
 Zero is always representable. Gradients: straight-through inside the range, zero
 outside (the clipping gradient); with respect to the step those of LSQ (Esser et
 al. 2020, arXiv 1902.08153).
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,8 @@ _TINY = 1e-8
 _MARGIN = 1 + 1e-6
 # Clips tried by the MSE search, as fractions of the largest magnitude.
 _CLIPS = tuple(i / 40 for i in range(4, 41))
+# Values that the search for a zero point looks at, about.
+_SAMPLE = 2**16
 
 
 def weight_range(bits: int) -> tuple[int, int]:
@@ -39,16 +40,21 @@ def activation_range(bits: int, signed: bool) -> tuple[int, int]:
   return 0, 2**bits - 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def fake_quant(x: jax.Array, step: jax.Array, low: int, high: int) -> jax.Array:
+Code = int | jax.Array
+
+
+@jax.custom_vjp
+def fake_quant(
+  x: jax.Array, step: jax.Array, low: Code, high: Code
+) -> jax.Array:
   """Quantizes and dequantizes.
 
   Args:
     x: any shape.
     step: positive, broadcastable to x: scalar (per tensor) or [C] (per last
       axis).
-    low: smallest code.
-    high: largest code.
+    low: smallest code; no gradient flows into it.
+    high: largest code; likewise.
 
   Returns:
     step * clip(round(x / step), low, high), the shape of x.
@@ -57,18 +63,18 @@ def fake_quant(x: jax.Array, step: jax.Array, low: int, high: int) -> jax.Array:
 
 
 def _fake_quant_forward(x, step, low, high):
-  return fake_quant(x, step, low, high), (x, step)
+  return fake_quant(x, step, low, high), (x, step, low, high)
 
 
-def _fake_quant_backward(low, high, residuals, g):
-  x, step = residuals
+def _fake_quant_backward(residuals, g):
+  x, step, low, high = residuals
   scaled = x / step
   inside = (scaled >= low) & (scaled <= high)
   dx = jnp.where(inside, g, 0.0)
   code = jnp.clip(jnp.round(scaled), low, high)
   dstep = g * (code - jnp.where(inside, scaled, 0.0))
   axes = tuple(range(x.ndim - step.ndim))
-  return dx, jnp.sum(dstep, axes).reshape(step.shape)
+  return dx, jnp.sum(dstep, axes).reshape(step.shape), None, None
 
 
 fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
@@ -103,3 +109,38 @@ def mse_step(
 
   clips = jnp.asarray(_CLIPS)
   return clips[jnp.argmin(lax.map(error, clips), 0)] * widest
+
+
+def mse_zero_point(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+  """The step and the zero point with the least mean squared error.
+
+  Per tensor, on a sample of its values: all zero points, 37 steps each. What a
+  skewed tensor gains over `mse_step`: about 1 dB at the last adds of a ResNet
+  without activation after them, at 4 bits.
+
+  Args:
+    x: any shape.
+    bits: bit width.
+
+  Returns:
+    (step, zero point), scalars, constant with respect to gradients; the zero
+    point is a whole number in [0, 2^bits - 1].
+  """
+  x = lax.stop_gradient(x).reshape(-1)
+  x = x[:: max(1, x.size // _SAMPLE) | 1]  # odd: in step with no layout
+  _, high = activation_range(bits, signed=True)
+  widest = max_step(x, high, (0,))
+
+  def error(candidate):
+    clip, zero = candidate
+    low = -zero
+    q = fake_quant(x, clip * widest, low, low + 2**bits - 1)
+    return jnp.mean(jnp.square(x - q))
+
+  clips, zeros = jnp.meshgrid(
+    jnp.asarray(_CLIPS), jnp.arange(2**bits, dtype=x.dtype)
+  )
+  candidates = clips.reshape(-1), zeros.reshape(-1)
+  best = jnp.argmin(lax.map(error, candidates))
+  clip, zero = (c[best] for c in candidates)
+  return clip * widest, zero
