@@ -53,6 +53,7 @@ _AT_LEAST = {
   'report.trace_steps': 0,
   'checkpoint_every': 1,
   'schedule.lr_factor': 0.0,
+  'quant.headroom': 0.0,
   'generator.lr': 0.0,
   'student.lr': 0.0,
   'student.quant_lr': 0.0,
@@ -89,6 +90,9 @@ def defaults() -> ml_collections.ConfigDict:
   # layers' outputs, and BatchNorms corrected for what this does to their
   # inputs, before the student's first step.
   quant.ranges = 'minmax'
+  # Share by which ranges of activations in the last stage become wider once the
+  # student is done; see `fake_quant.widen`.
+  quant.headroom = 0.0
 
   config.generator = generator = ml_collections.ConfigDict()
   generator.latent_dim = 100

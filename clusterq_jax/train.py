@@ -160,10 +160,21 @@ class _Run:
       samples.save(folder, pixels.reshape(shape), labels)
 
   def settle(self, state: TrainState) -> TrainState:
-    """Gives the student the weights that its codes stand for."""
-    steps = self.steps
-    settle = jax.jit(functools.partial(fake_quant.settle, steps.plan))
-    student = {**state.student, 'params': settle(state.student)}
+    """The student as it is delivered.
+
+    It has the weights that its codes stand for, and ranges with headroom.
+    """
+    steps, headroom = self.steps, self.config.quant.headroom
+
+    @jax.jit
+    def deliver(student):
+      params = fake_quant.settle(steps.plan, student)
+      quant = fake_quant.widen(
+        steps.plan, student['quant'], steps.graph.last_stage, headroom
+      )
+      return {**student, 'params': params, 'quant': quant}
+
+    student = deliver(state.student)
     if self.config.quant.placement == 'integer':
       whole = {
         **jax.device_get(student),

@@ -37,9 +37,10 @@ def get_config():
   # A hundred classes take a generator that tells them apart by colours too, and
   # longer to match the statistics.
   config.generator.conditional = True
+  config.quant.headroom = 0.1
   config.loss.statistics = 40.0
   config.loss.relative = 'none'
   config.loss.noise = (0.1, 0.1)
   config.schedule.generator_steps = 800
-  config.schedule.student_steps = 800
+  config.schedule.student_steps = 1000
   return config

@@ -114,6 +114,7 @@ def test_differences_leave_out_what_may_differ(field, value):
     ('quant.activation_bits', 9, '2 to 8'),
     ('quant.first_weight_bits', 1, '2 to 8'),
     ('quant.last_weight_bits', 16, '2 to 8'),
+    ('quant.headroom', -0.01, 'at least 0.0'),
     ('schedule.batch_size', 1, 'at least 2'),
     ('schedule.warmup_steps', -1, 'at least 0'),
     ('schedule.procedural_batches', -1, 'at least 0'),

@@ -53,6 +53,7 @@ def get_config():
   config.teacher.arch = 'resnet8'
   config.teacher.weights = {weights!r}
   config.teacher.hint = 'run the fixture'
+  config.quant.headroom = 0.05
   config.generator.latent_dim = 8
   config.generator.channels = (8, 8, 8)
   config.centroids.images_per_class = 16

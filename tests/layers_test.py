@@ -514,6 +514,24 @@ def _expected_quant(pair, placement, learned):
   return expected
 
 
+def test_headroom_is_of_activations_of_the_last_stage():
+  pair = _pair(1, 'conv')
+  decided = pair.plan(4, 'integer')
+  _, quant = pair.calibrated(decided)
+  wider = fake_quant.widen(decided, quant, pair.graph.last_stage, 0.25)
+  assert pair.graph.last_stage == {
+    f'stage3_block1_{layer}' for layer in ('conv1', 'conv2', 'shortcut', 'add')
+  }
+  for name, own in quant.items():
+    assert wider[name].keys() == own.keys()
+    for key, value in own.items():
+      late = key == 'output' and name in pair.graph.last_stage
+      ratio = 1.25 if late else 1.0
+      np.testing.assert_allclose(
+        np.exp(wider[name][key]), ratio * np.exp(value), rtol=1e-5
+      )
+
+
 @pytest.mark.parametrize('learned', [True, False])
 @pytest.mark.parametrize('placement', ['paper', 'integer'])
 @pytest.mark.parametrize(('channels', 'shortcut'), [(3, 'pad'), (1, 'conv')])

@@ -9,11 +9,12 @@ Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from clusterq_jax.layers import convolution, protocol
@@ -52,6 +53,29 @@ def settle(plan: Plan, student: Any) -> dict[str, Any]:
     settled = numerics.fake_quant(kernel, step, low, high)
     params[name] = {**params[name], 'kernel': settled}
   return params
+
+
+def widen(
+  plan: Plan, quant: Any, layers: Collection[str], headroom: float
+) -> dict[str, Any]:
+  """The student's quant with wider ranges of activations in some layers.
+
+  Real images reach further than synthetic ones of the same statistics, the more
+  so the later the layer: in the last ones of a CIFAR-100 network clipping had
+  twice the share in their quantization error.
+
+  Args:
+    plan: every quantizer of the student.
+    quant: its collection.
+    layers: whose ranges become wider; not where the plan fixes them.
+    headroom: 0.1 makes them 10 % wider.
+  """
+  wider = dict(quant)
+  for name, output in plan.outputs:
+    if name in layers and output.step is None:
+      log_step = quant[name]['output'] + np.float32(np.log1p(headroom))
+      wider[name] = {**quant[name], 'output': log_step}
+  return wider
 
 
 class _Quantized(nn.Module):

@@ -113,6 +113,20 @@ class Graph:
     return tuple(n.name for n in self.nodes if n.op == 'conv_bn')
 
   @functools.cached_property
+  def last_stage(self) -> frozenset[str]:
+    """Convolutions and adds at the resolution of the last convolution."""
+    scales: dict[str, int] = {}
+    for node in self.nodes:
+      scale = max(scales.get(name, 1) for name in node.inputs)
+      scales[node.name] = scale * node.strides
+    return frozenset(
+      node.name
+      for node in self.nodes
+      if node.op in ('conv_bn', 'add')
+      and scales[node.name] == scales[self.batch_norms[-1]]
+    )
+
+  @functools.cached_property
   def weighted(self) -> tuple[str, ...]:
     """Names of the layers that hold weights, in forward order."""
     return tuple(n.name for n in self.nodes if n.op in ('conv_bn', 'dense'))
