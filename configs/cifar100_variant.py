@@ -34,11 +34,11 @@ def get_config():
     'config.teacher.weights'
   )
   config.teacher.num_classes = 100
+  # The last layers see more of a class in a real image than in synthetic ones.
+  config.quant.headroom = 0.1
   # A hundred classes take a generator that tells them apart by colours too, and
   # longer to match the statistics.
   config.generator.conditional = True
-  # The last layers see more of a class in a real image than in synthetic ones.
-  config.quant.headroom = 0.1
   config.loss.statistics = 40.0
   config.loss.relative = 'none'
   config.loss.noise = (0.1, 0.1)
