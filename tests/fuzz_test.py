@@ -16,7 +16,10 @@ def test_all_load_or_are_refused():
   outcomes = collections.defaultdict(set)
   for result in results:
     outcomes[result.kind].add(result.outcome)
-  # Inputs are neither all sound nor damaged past all recognition.
   assert outcomes.keys() == fuzz.KINDS.keys()
+  # Inputs are neither all sound nor damaged past all recognition. By kind, one
+  # input of 20 can decide, so that few kinds must show both.
+  loaded = sum(result.outcome == 'loaded' for result in results)
+  assert 0.1 < loaded / len(results) < 0.9
   both = sum(found == {'loaded', 'refused'} for found in outcomes.values())
-  assert both >= len(fuzz.KINDS) // 2
+  assert both >= 3
