@@ -1,6 +1,7 @@
 """Bad input: one clear line, exit code 2, nothing lost."""
 
 import errno
+import importlib
 import json
 import os
 import pathlib
@@ -160,7 +161,7 @@ def test_workdir_elsewhere(
   command, tiny_config_file, monkeypatch, workdir, expected
 ):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)  # as if not installed
-  loaded = sys.modules['fsspec.registry']._registry
+  loaded = importlib.import_module('fsspec.registry')._registry
   monkeypatch.delitem(loaded, 'gs', raising=False)
   outcome = command(f'--config={tiny_config_file}', f'--workdir={workdir}')
   _refused(outcome, workdir, expected)
