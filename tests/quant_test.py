@@ -180,6 +180,14 @@ def test_mse_zero_point(bits, skew):
   assert np.mean(found) < (0.9 if skew > 0 else 1.01) * np.mean(centred)
 
 
+def test_mse_zero_point_looks_at_every_channel():
+  x = np.zeros((9_000, 24), np.float32)  # about every third value is looked at
+  x[:, 1] = np.linspace(0, 15, len(x))
+  step, zero = numerics.mse_zero_point(x, 4)
+  assert 0.8 < step < 1.2
+  assert zero == 0
+
+
 def test_mse_step_is_a_constant():
   x = jnp.linspace(-1, 2, 12).reshape(6, 2)
   g = jax.grad(lambda x: jnp.sum(numerics.mse_step(x, -3, 3, (0,))))(x)

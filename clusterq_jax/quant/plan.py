@@ -13,7 +13,7 @@ ResNet-20 0.8 points at W8A8.
 A signed tensor of fewer than 8 bits has a zero point of its own, where steps
 are learned: the codes of a skewed one are too few to leave any unused. Within a
 byte there is room for its codes around 128, so that it costs nothing; 8 bits
-would fill the byte, and gain nearly nothing.
+fill the byte.
 """
 
 import dataclasses
@@ -62,7 +62,11 @@ class Output:
   zero_point: bool = False
 
   def codes(self, zero_point: Any = None) -> tuple[Any, Any]:
-    """Smallest and largest code, given the zero point if it has its own."""
+    """Smallest and largest code.
+
+    Args:
+      zero_point: scalar, of a quantizer that has its own.
+    """
     if self.zero_point:
       return -zero_point, 2**self.bits - 1 - zero_point
     return numerics.activation_range(self.bits, self.signed)
