@@ -12,6 +12,8 @@ outside (the clipping gradient); with respect to the step those of LSQ (Esser et
 al. 2020, arXiv 1902.08153).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -119,15 +121,18 @@ def mse_zero_point(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
   without activation after them, at 4 bits.
 
   Args:
-    x: any shape.
+    x: [..., C].
     bits: bit width.
 
   Returns:
     (step, zero point), scalars, constant with respect to gradients; the zero
     point is a whole number in [0, 2^bits - 1].
   """
-  x = lax.stop_gradient(x).reshape(-1)
-  x = x[:: max(1, x.size // _SAMPLE) | 1]  # odd: in step with no layout
+  channels, x = x.shape[-1], lax.stop_gradient(x).reshape(-1)
+  stride = max(1, x.size // _SAMPLE)
+  while math.gcd(stride, channels) > 1:  # or some would be passed over
+    stride += 1
+  x = x[::stride]
   _, high = activation_range(bits, signed=True)
   widest = max_step(x, high, (0,))
 
