@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
@@ -244,6 +245,43 @@ def _safetensors(random: Random, raw: bytes) -> bytes:
   if not random.integers(4):
     length = _pick(random, _LENGTHS)
   return length.to_bytes(8, 'little') + text + raw[8 + size :]
+
+
+def _contents(random: Random, raw: bytes) -> bytes:
+  """A whole file in which a tensor, or a text of the metadata, is odd."""
+  tensors = safetensors.numpy.load(raw)
+  size = int.from_bytes(raw[:8], 'little')
+  metadata = json.loads(raw[8 : 8 + size])['__metadata__']
+  if random.integers(2):
+    key = _pick(random, sorted(metadata))
+    try:
+      value = json.loads(metadata[key])
+    except ValueError:
+      value = metadata[key]
+    changed = _change_json(random, value)
+    text = changed if isinstance(changed, str) else json.dumps(changed)
+    metadata[key] = text.encode('utf-8', 'replace').decode()
+  else:
+    key = _pick(random, sorted(tensors))
+    odd = _pick(
+      random,
+      [
+        lambda a: a.T,
+        lambda a: a.reshape(-1),
+        lambda a: np.atleast_1d(a)[..., :1],
+        lambda a: a[None],
+        lambda a: np.atleast_1d(a)[:0],
+        lambda a: -a,
+        lambda a: a * 1e30,
+        lambda a: a + np.nan,
+        lambda a: a.astype(np.float16),
+        lambda a: a.astype(np.float64),
+        lambda a: a.astype(np.int32),
+        lambda a: a > 0,
+      ],
+    )
+    tensors[key] = np.ascontiguousarray(odd(tensors[key]))
+  return safetensors.numpy.save(tensors, metadata)
 
 
 def _npy(random: Random, raw: bytes) -> bytes:
@@ -592,7 +630,7 @@ def _weights(suffix: str, random: Random, seeds: _Seeds, folder) -> None:
     )
   else:
     raw = seeds.safetensors
-    mutations = (_damage, _safetensors, _safetensors)
+    mutations = (_damage, _safetensors, _contents)
   file = folder / f'a{suffix}'
   file.write_bytes(_pick(random, mutations)(random, raw))
   _read_teacher(file)
@@ -617,7 +655,7 @@ def _pth(zipped: bool, random: Random, seeds: _Seeds, folder) -> None:
 
 def _student(random: Random, seeds: _Seeds, folder) -> None:
   file = folder / student_lib.FILE
-  mutate = _pick(random, (_damage, _safetensors, _safetensors))
+  mutate = _pick(random, (_damage, _safetensors, _contents))
   file.write_bytes(mutate(random, seeds.student))
   student = student_lib.load(folder)
   images = jax.ShapeDtypeStruct((2, *student.preprocessing.shape), np.uint8)
