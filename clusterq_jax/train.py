@@ -35,7 +35,7 @@ from clusterq_jax import metrics as metrics_lib
 from clusterq_jax import student as student_lib
 from clusterq_jax import workdir as workdir_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import fake_quant, integer
+from clusterq_jax.layers import convolution, fake_quant, integer
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.state import TrainState
@@ -66,6 +66,7 @@ class Compiler:
       function,
       donate_argnums=(0,) if donate else (),
       out_shardings=self._everywhere,
+      compiler_options=convolution.compiler_options(),
     )
     compiled = jitted.lower(*args).compile()
     self.seconds += time.monotonic() - start

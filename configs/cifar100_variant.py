@@ -43,5 +43,5 @@ def get_config():
   config.loss.relative = 'none'
   config.loss.noise = (0.1, 0.1)
   config.schedule.generator_steps = 800
-  config.schedule.student_steps = 600
+  config.schedule.student_steps = 800
   return config

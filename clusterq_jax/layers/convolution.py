@@ -17,6 +17,8 @@ Other backends keep XLA's own.
 """
 
 import functools
+import pathlib
+import platform
 from typing import Any
 
 import jax
@@ -28,6 +30,22 @@ from clusterq_jax.layers import protocol
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 Pads = tuple[tuple[int, int], tuple[int, int]]
 DType = Any
+_CPU_INFO = pathlib.Path('/proc/cpuinfo')
+
+
+def compiler_options() -> dict[str, str]:
+  """What to compile convolutions with: `jax.jit(compiler_options=)`.
+
+  On x86 without AVX-512, Eigen's are faster than those of the YNN library that
+  XLA prefers: on two cores (Zen 3) a generator step takes 0.31 s with them and
+  0.46 with YNN's, a student step 0.54 and 0.60 to 0.70.
+  """
+  x86 = platform.machine() in ('x86_64', 'AMD64') and _CPU_INFO.exists()
+  if jax.default_backend() != 'cpu' or not x86:
+    return {}
+  if 'avx512f' in _CPU_INFO.read_text():
+    return {}
+  return {'xla_cpu_experimental_ynn_fusion_type': ''}  # none at all
 
 
 def explicit(
