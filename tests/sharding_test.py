@@ -20,7 +20,11 @@ import json, runpy, sys
 import jax, numpy as np
 from jax.sharding import AxisType
 from clusterq_jax import checkpoint, experiment, sharding, train
+from clusterq_jax.layers import convolution
 assert jax.device_count() == 8
+# Eigen's order of summation hangs on the batch, by which a device differs; in
+# float32 that turns a code of the student within these steps.
+convolution.compiler_options = dict
 config = runpy.run_path(sys.argv[1])['get_config']()
 teacher = experiment.load_teacher(config)
 devices = [8]
@@ -58,7 +62,7 @@ class Run:
       losses.append({k: float(v) for k, v in metrics.items()})
     return losses
 
-losses = {'float32 on 8': Run(8, np.float32)(5)}
+losses = {f'float32 on {n}': Run(n, np.float32)(5) for n in (1, 8)}
 jax.config.update('jax_enable_x64', True)
 one, eight = Run(1, np.float64), Run(8, np.float64)
 losses['float64 on 1'] = one(25)
@@ -96,7 +100,7 @@ def _assert_close(found, expected):
 
 
 def test_eight_devices_give_the_losses_of_one(
-  finished, spawn, tiny_config_file, tmp_path
+  spawn, tiny_config_file, tmp_path
 ):
   process = spawn(
     '-c',
@@ -108,19 +112,10 @@ def test_eight_devices_give_the_losses_of_one(
     NPROC='16',  # of XLA's threads: fewer can all wait in a collective
     JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # compiles faster
   )
-  key = jax.device_put(jax.random.key(7), finished.key.sharding)
-  state = jax.jit(finished.steps.init)(key, finished.variables)
-  state = jax.device_put(state, finished.key.sharding)
-  expected = []
-  for _ in range(5):
-    state, metrics = finished.programs['joint_step'](
-      state, finished.variables, key
-    )
-    expected.append(metrics)
   out, error = process.communicate(timeout=600)
   assert process.returncode == 0, error
   losses = json.loads(out)
-  _assert_close(losses['float32 on 8'], expected)
+  _assert_close(losses['float32 on 8'], losses['float32 on 1'])
   one = losses['float64 on 1']
   assert len(one) == 50
   for name in ('float64 on 8', '8 to 1', '1 to 8'):
