@@ -180,39 +180,51 @@ def imagenet() -> ml_collections.ConfigDict:
   return config
 
 
-def fast() -> ml_collections.ConfigDict:
+def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   """The short recipe: minutes on two CPU cores.
 
-  Departs from the paper: a slim generator with prototypes of each class; the
-  student rests until the generator is done, then learns from its recent images,
-  and from procedural ones that were moved towards the teacher's statistics,
-  mixed with one another too; it starts from quantizer steps of the MSE-optimal
-  clip, weights rounded to keep the layers' outputs, and BatchNorms corrected;
-  Adam with a cosine; distillation of logits and features without cross-entropy.
+  Departs from the paper: a slim generator with prototypes of each class, which
+  a class can also shape by gains of its own; statistics in units of the stored
+  deviations; the student rests until the generator is done, then learns from
+  its recent images, and from procedural ones that were moved towards the
+  teacher's statistics, mixed with one another too; it starts from quantizer
+  steps of the MSE-optimal clip, weights rounded to keep the layers' outputs,
+  and BatchNorms corrected; Adam with a cosine; distillation of logits and
+  features without cross-entropy; ranges of the last stage with headroom.
+
+  Args:
+    scale: length of every phase, for those with more or less time.
   """
+
+  def scaled(count: int) -> int:
+    return max(1, round(scale * count))
+
   config = defaults()
   config.checkpoint_every = 100
   config.quant.ranges = 'learned'
+  config.quant.headroom = 0.1
   config.generator.channels = (128, 64, 32)
   config.generator.lr = 5e-3
-  config.student.optimizer = 'adam'
-  config.student.lr = 1.5e-4
-  config.student.quant_lr = 5e-4
+  config.generator.conditional = True
   config.generator.prototypes = 8
-  config.augment.mixup = 0.5
-  config.loss.statistics = 3.0
+  config.student.optimizer = 'adam'
+  config.student.lr = 6e-4
+  config.student.quant_lr = 2e-3
+  config.augment.probability = 0.0
+  config.augment.mixup = 0.2
+  config.loss.statistics = 10.0
   config.loss.student_cross_entropy = 0.0
   config.loss.features = 100.0
   config.loss.noise = (0.2, 0.2)
-  config.loss.relative = 'noise'
+  config.loss.relative = 'all'
   config.loss.class_reduction = 'mean'
   config.schedule.batch_size = 64
-  config.schedule.warmup_steps = 200
-  config.schedule.generator_steps = 400
+  config.schedule.warmup_steps = scaled(200)
+  config.schedule.generator_steps = scaled(400)
   config.schedule.joint_steps = 0
-  config.schedule.student_steps = 500
-  config.schedule.pool_batches = 100
-  config.schedule.procedural_batches = 64
+  config.schedule.student_steps = scaled(300)
+  config.schedule.pool_batches = scaled(100)
+  config.schedule.procedural_batches = scaled(64)
   config.schedule.lr_decay = 'cosine'
   config.report.log_every = 25
   return config

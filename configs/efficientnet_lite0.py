@@ -20,26 +20,17 @@ from clusterq_jax import config as config_lib
 
 def get_config():
   """The short recipe, on batches that two cores can carry."""
-  config = config_lib.fast()
+  config = config_lib.fast(scale=1 / 3)
   config.teacher.arch = 'efficientnet_lite0'
   config.teacher.weights = 'weights/efficientnet_lite0.pth'
   config.teacher.num_classes = 1000
   config.quant.weight_bits = 4
   config.quant.activation_bits = 8
-  config.generator.conditional = True
-  config.generator.prototypes = 1  # seen a few times each as it is
-  config.loss.relative = 'all'
-  config.loss.statistics = 10.0
   config.generator.channels = (128, 96, 64, 32, 16, 8)
   config.centroids.images_per_class = 1
   config.schedule.batch_size = 16
   # In proportion to the batch size.
-  config.student.lr = 4e-5
-  config.student.quant_lr = 1.25e-4
-  config.schedule.warmup_steps = 60
-  config.schedule.generator_steps = 60
-  config.schedule.student_steps = 200
-  config.schedule.pool_batches = 40
-  config.schedule.procedural_batches = 20
+  config.student.lr /= 4
+  config.student.quant_lr /= 4
   config.eval.batch_size = 50
   return config

@@ -16,11 +16,6 @@ from clusterq_jax import config as config_lib
 
 def get_config():
   """The short recipe, with fewer steps, on the embedded files."""
-  config = config_lib.fast()
-  config.schedule.warmup_steps = 220
-  config.schedule.generator_steps = 120
-  config.schedule.student_steps = 200
-  config.schedule.pool_batches = 60
-  config.schedule.procedural_batches = 16
+  config = config_lib.fast(scale=1 / 3)
   config.eval.source = 'fashion_mnist'
   return config
