@@ -24,8 +24,8 @@ runpy.run_path(
 
 
 def get_config():
-  """The short recipe, longer; what the input is, the network's file says."""
-  config = config_lib.fast(scale=2.0)
+  """The short recipe; what the input is, the network's file says."""
+  config = config_lib.fast()
   config.teacher.arch = 'resnet20_variant'
   config.teacher.weights = 'weights/resnet20_cifar100_variant.pt'
   config.teacher.hint = (

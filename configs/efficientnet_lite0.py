@@ -20,7 +20,7 @@ from clusterq_jax import config as config_lib
 
 def get_config():
   """The short recipe, on batches that two cores can carry."""
-  config = config_lib.fast(scale=1 / 3)
+  config = config_lib.fast(scale=1 / 6)
   config.teacher.arch = 'efficientnet_lite0'
   config.teacher.weights = 'weights/efficientnet_lite0.pth'
   config.teacher.num_classes = 1000

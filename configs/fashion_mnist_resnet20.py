@@ -16,6 +16,6 @@ from clusterq_jax import config as config_lib
 
 def get_config():
   """The short recipe, with fewer steps, on the embedded files."""
-  config = config_lib.fast(scale=1 / 3)
+  config = config_lib.fast(scale=1 / 8)
   config.eval.source = 'fashion_mnist'
   return config
