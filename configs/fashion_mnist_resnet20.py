@@ -7,15 +7,15 @@ the weights file says what input it expects.
     python -m clusterq_jax.main --config=configs/fashion_mnist_resnet20.py \
         --workdir=runs/fashion_mnist
 
-Measured on the 10,000 test images: teacher 93.21; student 92.91 with seed 0;
-176 s on two cores, compilation included.
+Measured on the 10,000 test images: teacher 93.21; student 93.07 with seed 0;
+183 s on two cores, compilation included.
 """
 
 from clusterq_jax import config as config_lib
 
 
 def get_config():
-  """The short recipe, with fewer steps, on the embedded files."""
+  """The short recipe, an eighth as long, on the embedded files."""
   config = config_lib.fast(scale=1 / 8)
   config.eval.source = 'fashion_mnist'
   return config
