@@ -181,7 +181,7 @@ def imagenet() -> ml_collections.ConfigDict:
 
 
 def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
-  """The short recipe: a quarter of an hour on two CPU cores for CIFAR.
+  """The short recipe: minutes on two CPU cores.
 
   Departs from the paper: a slim generator with prototypes of each class, which
   a class can also shape by gains of its own; statistics in units of the stored
@@ -193,7 +193,8 @@ def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   features without cross-entropy; ranges of the last stage with headroom.
 
   Args:
-    scale: length of every phase, for those with more or less time.
+    scale: of the steps of every phase and the images of the pool, for those
+      with more or less time.
   """
 
   def scaled(count: int) -> int:

@@ -29,7 +29,7 @@ def get_config():
   config.generator.channels = (128, 96, 64, 32, 16, 8)
   config.centroids.images_per_class = 1
   config.schedule.batch_size = 16
-  # In proportion to the batch size.
+  # As the batch is, a quarter of the recipe's.
   config.student.lr /= 4
   config.student.quant_lr /= 4
   config.eval.batch_size = 50
