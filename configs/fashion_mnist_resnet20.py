@@ -8,7 +8,7 @@ the weights file says what input it expects.
         --workdir=runs/fashion_mnist
 
 Measured on the 10,000 test images: teacher 93.21; student 93.07 with seed 0;
-183 s on two cores, compilation included.
+183 to 238 s on two cores, compilation included.
 """
 
 from clusterq_jax import config as config_lib
