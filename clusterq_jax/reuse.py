@@ -16,8 +16,8 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.state import TrainState
 from clusterq_jax.teacher import Teacher
 
-# What may differ: everything that the generator does not depend on.
-_STUDENTS = (
+# Beginnings of fields that may differ: the generator does not depend on them.
+STUDENT_FIELDS = (
   'quant.',
   'student.',
   'augment.',
@@ -57,7 +57,7 @@ def take_generator(
   changed = [
     difference
     for difference in config_lib.differences(stored, config)
-    if not difference.startswith(_STUDENTS)
+    if not difference.startswith(STUDENT_FIELDS)
   ]
   if changed:
     raise InputError(

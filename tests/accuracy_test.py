@@ -32,6 +32,24 @@ def test_bits_share_the_generator_of_the_first(accuracy, tmp_path):
     assert 'generator.workdir' not in accuracy.fields(cell, tmp_path)
 
 
+def test_variants_of_the_student_share_the_generator_of_the_first(
+  accuracy, tmp_path
+):
+  first = accuracy.MATRICES['ideas'][0]
+  assert first.variant == 'full'
+  workdir = tmp_path / first.name
+  workdir.mkdir()
+  (workdir / 'results.json').write_text('{"wall_s": 1.0}')
+
+  def taken(variant):
+    cell = dataclasses.replace(first, variant=variant)
+    return accuracy.fields(cell, tmp_path).get('generator.workdir')
+
+  assert taken('no_features') == taken('minmax_ranges') == workdir
+  assert taken('no_procedural') is None
+  assert taken('no_class_terms') is None
+
+
 def test_cells_of_a_matrix_differ(accuracy):
   for matrix in accuracy.MATRICES.values():
     assert len({cell.name for cell in matrix}) == len(matrix)
