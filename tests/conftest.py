@@ -30,6 +30,23 @@ from clusterq_jax.models import registry
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
+# Compiling is most of what the tests take, and takes two thirds of its time so,
+# here and in subprocesses. Tests of what must be exact in the code that users
+# run ask for `optimized`.
+_UNOPTIMIZED = 'jax_disable_most_optimizations'
+os.environ[_UNOPTIMIZED.upper()] = '1'
+jax.config.update(_UNOPTIMIZED, True)
+
+
+@pytest.fixture(scope='module')
+def optimized() -> Iterator[None]:
+  """Code is compiled as users run it, from here to the module's end."""
+  os.environ[_UNOPTIMIZED.upper()] = '0'
+  jax.config.update(_UNOPTIMIZED, False)
+  yield
+  os.environ[_UNOPTIMIZED.upper()] = '1'
+  jax.config.update(_UNOPTIMIZED, True)
+
 
 @pytest.fixture
 def data_dir() -> pathlib.Path:

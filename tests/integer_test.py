@@ -19,6 +19,7 @@ from clusterq_jax.quant import plan as plan_lib
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 onnx_layers = pytest.importorskip('clusterq_jax.layers.onnx')
+pytestmark = pytest.mark.usefixtures('optimized')
 
 
 def _bits(weights, activations):

@@ -121,7 +121,6 @@ def test_eight_devices_give_the_losses_of_one(
     JAX_PLATFORMS='cpu',
     XLA_FLAGS='--xla_force_host_platform_device_count=8',
     NPROC='16',  # of XLA's threads: fewer can all wait in a collective
-    JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # compiles faster
   )
   out, error = process.communicate(timeout=600)
   assert process.returncode == 0, error

@@ -109,7 +109,6 @@ def start(spawn, tiny_config_file, tmp_path):
         f'--workdir={tmp_path / "run"}',
         *_FLAGS,
         JAX_PLATFORMS='cpu',
-        JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # compiles faster
         **variables,
       )
       started.append(process)

@@ -17,6 +17,7 @@ from clusterq_jax import export, load_student, train
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
+pytestmark = pytest.mark.usefixtures('optimized')
 
 _README = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
 _FILES = {
