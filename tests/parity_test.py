@@ -18,6 +18,8 @@ _SPEC = importlib.util.spec_from_file_location('golden', _MAKE)
 golden = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(golden)
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 
 def _logits(path, name, tensors):
   arch, _ = golden.CASES[name]
