@@ -57,6 +57,17 @@ def test_defaults_are_valid():
   config_lib.validate(config_lib.defaults())
 
 
+def test_the_short_recipes_headroom_follows_the_bits():
+  config = config_lib.fast()
+  for bits, headroom in ((4, 0.2), (3, 0.1), (8, 0.6)):
+    config.quant.activation_bits = bits
+    assert config.quant.headroom == headroom
+    assert _stored(config)['quant']['headroom'] == headroom
+  config.quant.headroom = 0.0
+  config.quant.activation_bits = 4
+  assert config.quant.headroom == 0.0
+
+
 def test_a_field_that_came_later_had_its_default():
   config = config_lib.defaults()
   stored = _stored(config)
