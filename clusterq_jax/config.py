@@ -274,15 +274,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'config.{field}={values[field]!r}: expected one of '
         f'{", ".join(choices)}'
       )
+  # Before what may follow from them.
+  for field, value in values.items():
+    if field.endswith('_bits') and value is not None:
+      if value not in numerics.BITS:
+        raise InputError(f'config.{field}={value}: expected 2 to 8')
   for field, least in _AT_LEAST.items():
     if not values[field] >= least:
       raise InputError(
         f'config.{field}={values[field]!r}: expected at least {least}'
       )
-  for field, value in values.items():
-    if field.endswith('_bits') and value is not None:
-      if value not in numerics.BITS:
-        raise InputError(f'config.{field}={value}: expected 2 to 8')
   if len(values['loss.noise']) != 2:
     raise InputError(
       f'config.loss.noise={values["loss.noise"]}: expected 2 numbers'

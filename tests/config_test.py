@@ -68,6 +68,13 @@ def test_the_short_recipes_headroom_follows_the_bits():
   assert config.quant.headroom == 0.0
 
 
+def test_bits_are_refused_before_what_follows_from_them():
+  config = config_lib.fast()
+  config.quant.activation_bits = 1
+  with pytest.raises(InputError, match='activation_bits=1: expected 2 to 8'):
+    config_lib.validate(config)
+
+
 def test_a_field_that_came_later_had_its_default():
   config = config_lib.defaults()
   stored = _stored(config)
