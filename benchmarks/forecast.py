@@ -88,8 +88,8 @@ def main() -> int:
   args = parser.parse_args()
   networks: dict[str, list[dict[str, Any]]] = {}
   for record in accuracy.read(args.records):
-    # Ablations are other recipes; lines from before it was measured lack it.
-    if not record['variant'] and 'blended_divergence' in record['synthetic']:
+    # Lines from before it was measured lack it.
+    if 'blended_divergence' in record['synthetic']:
       networks.setdefault(record['config'], []).append(record)
   # Slopes of a network that loses nothing, or of one run, say nothing.
   networks = {

@@ -28,6 +28,7 @@ from clusterq_jax import (
   sharding,
   train,
 )
+from clusterq_jax.layers import fake_quant
 from clusterq_jax.quant import numerics
 
 # Of ClusterQ at W4A4, in points: arXiv 2205.00179, table I.
@@ -103,23 +104,49 @@ class Bench:
         jax.block_until_ready(self.state)
       yield
 
-  def make_generator(self) -> None:
-    """From nothing to the first student step, all quantizers set."""
-    steps, s = self.steps, self.config.schedule
-    list(self.train(steps.warmup_step, s.warmup_steps, s.warmup_steps))
+  def run(self, function, count: int) -> None:
+    list(self.train(function, count, count or 1))
+
+  def warm_up(self) -> None:
+    self.run(self.steps.warmup_step, self.config.schedule.warmup_steps)
+
+  def train_generator(self) -> None:
+    steps = self.steps
     images = self.config.centroids.images_per_class * steps.num_classes
     keys = jax.random.split(self.keys[2], -(-images // steps.batch_size))
     self._transition(steps.initialize_centroids, keys)
-    list(self.train(steps.generator_step, s.generator_steps, s.generator_steps))
-    moves = s.procedural_batches * procedural.STEPS
-    list(self.train(steps.procedural_step, moves, moves or 1))
-    self._transition(steps.calibrate_student, self.keys[3])
+    self.run(steps.generator_step, self.config.schedule.generator_steps)
+
+  def make_procedural(self) -> None:
+    batches = self.config.schedule.procedural_batches
+    self.run(self.steps.procedural_step, batches * procedural.STEPS)
+
+  def calibrate(self) -> None:
+    self._transition(self.steps.calibrate_student, self.keys[3])
+
+  def make_generator(self) -> None:
+    """From nothing to the first student step, all quantizers set."""
+    self.warm_up()
+    self.train_generator()
+    self.make_procedural()
+    self.calibrate()
+
+  def delivered(self):
+    """The student with the headroom that a run ends with."""
+    student, steps = self.state.student, self.steps
+    quant = fake_quant.widen(
+      steps.plan,
+      student['quant'],
+      steps.graph.last_stage,
+      self.config.quant.headroom,
+    )
+    return {**student, 'quant': quant}
 
   def train_student(self, teacher: float, every: int) -> Course:
-    course = [(self.clock.seconds, teacher - self.top1(self.state.student))]
+    course = [(self.clock.seconds, teacher - self.top1(self.delivered()))]
     count = self.config.schedule.student_steps
     for _ in self.train(self.steps.student_step, count, every):
-      drop = teacher - self.top1(self.state.student)
+      drop = teacher - self.top1(self.delivered())
       course.append((self.clock.seconds, drop))
     return course
 
@@ -223,7 +250,9 @@ def measure(
 ) -> dict[str, Course]:
   """The course of every method with one seed; fields: of the config."""
   ours = read_config(name, seed, fields)
-  plain = read_config(name, seed, fields | accuracy.VARIANTS['no_class_terms'])
+  plain = read_config(
+    name, seed, fields | accuracy.CLASS_TERMS['no_class_terms']
+  )
   minmax = read_config(name, seed, fields | {'quant.ranges': 'minmax'})
   images = experiment.load_images(ours, experiment.load_teacher(ours))
   courses: dict[str, Course] = {}

@@ -74,20 +74,6 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .key { display: inline-block; margin-right: 14px; white-space: nowrap }
 .key b { display: inline-block; width: 11px; height: 11px; margin-right: 5px }
 pre { font-size: 12px; background: #f4f6f8; padding: 8px; overflow: auto }
-svg { max-width: 100%; height: auto }
-svg text { font: 11px system-ui, sans-serif; fill: #333 }
-svg text[fill] { fill: #fff }
-svg .title { font-size: 12px; font-weight: 600 }
-svg .small { font-size: 9.5px }
-svg .middle { text-anchor: middle }
-svg .end { text-anchor: end }
-svg .halo { font-size: 14px; font-weight: 700; text-anchor: middle; fill: #000;
-  stroke: #fff; stroke-width: 3px; paint-order: stroke }
-svg .grid { stroke: #e4e7ea }
-svg .axis { stroke: #666; fill: none }
-svg .frame { stroke: #bbb; fill: none }
-svg .mark { stroke: #888; stroke-dasharray: 3 3 }
-svg .curve { fill: none; stroke-width: 1.8 }
 """
 
 
@@ -594,7 +580,8 @@ def _page(run: _Run) -> str:
   )
   return (
     '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-    f'<title>ClusterQ: {name}</title><style>{_STYLE}</style></head><body>'
+    f'<title>ClusterQ: {name}</title><style>{_STYLE}{svg.STYLE}</style>'
+    '</head><body>'
     f'<h1>ClusterQ run {name}</h1>'
     f'<p>{html.escape(run.config.teacher.arch)}, {now}</p>{body}</body></html>'
   )

@@ -31,6 +31,24 @@ WIDE = 660  # two charts and the gap between them
 _WIDTH, _HEIGHT = 324, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 40
 
+# What a page with charts needs.
+STYLE = """
+svg { max-width: 100%; height: auto }
+svg text { font: 11px system-ui, sans-serif; fill: #333 }
+svg text[fill] { fill: #fff }
+svg .title { font-size: 12px; font-weight: 600 }
+svg .small { font-size: 9.5px }
+svg .middle { text-anchor: middle }
+svg .end { text-anchor: end }
+svg .halo { font-size: 14px; font-weight: 700; text-anchor: middle; fill: #000;
+  stroke: #fff; stroke-width: 3px; paint-order: stroke }
+svg .grid { stroke: #e4e7ea }
+svg .axis { stroke: #666; fill: none }
+svg .frame { stroke: #bbb; fill: none }
+svg .mark { stroke: #888; stroke-dasharray: 3 3 }
+svg .curve { fill: none; stroke-width: 1.8 }
+"""
+
 
 class Curve(NamedTuple):
   """name: for the legend; y: values at x, NaN where there is none."""
@@ -243,3 +261,19 @@ def heat_map(
         )
   side = size * cell
   return _svg(left + max(side, 210) + 2, top + side + 2, title, parts)
+
+
+def sheet(charts: Sequence[str], columns: int) -> str:
+  """An SVG file of several charts, of those that `curves` makes."""
+  width, height = _WIDTH + 12, _HEIGHT + 26
+  rows = -(-len(charts) // columns)
+  cells = [
+    f'<g transform="translate({i % columns * width} {i // columns * height})">'
+    f'{chart}</g>'
+    for i, chart in enumerate(charts)
+  ]
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" '
+    f'height="{rows * height}"><style>{STYLE}</style>'
+    f'<rect width="100%" height="100%" fill="#fff"/>{"".join(cells)}</svg>\n'
+  )

@@ -27,27 +27,8 @@ def test_bits_share_the_generator_of_the_first(accuracy, tmp_path):
   (workdir / 'results.json').write_text('{"wall_s": 1.0}')
   assert accuracy.fields(last, tmp_path)['generator.workdir'] == workdir
   assert 'generator.workdir' not in accuracy.fields(first, tmp_path)
-  for other in ({'seed': 2}, {'variant': 'no_ema'}):
-    cell = dataclasses.replace(last, **other)
-    assert 'generator.workdir' not in accuracy.fields(cell, tmp_path)
-
-
-def test_variants_of_the_student_share_the_generator_of_the_first(
-  accuracy, tmp_path
-):
-  first = accuracy.MATRICES['ideas'][0]
-  assert first.variant == 'full'
-  workdir = tmp_path / first.name
-  workdir.mkdir()
-  (workdir / 'results.json').write_text('{"wall_s": 1.0}')
-
-  def taken(variant):
-    cell = dataclasses.replace(first, variant=variant)
-    return accuracy.fields(cell, tmp_path).get('generator.workdir')
-
-  assert taken('no_features') == taken('minmax_ranges') == workdir
-  assert taken('no_procedural') is None
-  assert taken('no_class_terms') is None
+  other = dataclasses.replace(last, seed=2)
+  assert 'generator.workdir' not in accuracy.fields(other, tmp_path)
 
 
 def test_cells_of_a_matrix_differ(accuracy):
@@ -59,7 +40,6 @@ def test_table(accuracy):
   def record(bits, seed, drop, wall_s, own):
     return {
       'config': 'mine',
-      'variant': 'no_ema',
       'bits': bits,
       'placement': 'paper',
       'seed': seed,
@@ -80,8 +60,8 @@ def test_table(accuracy):
     ]
   )
   assert rows == [
-    '| `mine.py`, no_ema | images, 5,000 | W4A4 paper | 90.00 | 89.00, 88.00 '
+    '| `mine.py` | images, 5,000 | W4A4 paper | 90.00 | 89.00, 88.00 '
     '| 1.50 (1.00 to 2.00) | 200 s |',
-    '| `mine.py`, no_ema | images, 5,000 | W8A8 paper | 90.00 | 89.50 '
+    '| `mine.py` | images, 5,000 | W8A8 paper | 90.00 | 89.50 '
     '| 0.50 | 40 s (student alone) |',
   ]

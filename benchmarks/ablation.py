@@ -1,0 +1,235 @@
+"""Ablations: the student's drop, step by step, without this and without that.
+
+    python benchmarks/ablation.py class_terms [--seeds 0 1 2]
+    python benchmarks/ablation.py ideas [--seeds 0 1 2]
+    python benchmarks/ablation.py GROUP --table        # of what was measured
+
+On CIFAR-10, with the recipe a quarter as long: from each variant's generator a
+student of W4A4 and one of W3A3, evaluated along the way. A line for each goes
+to ablation.jsonl beside this file; what has one is not run again. At the end a
+table of all lines, and their curves in ablation_GROUP.svg. See README.md in
+this folder.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import accuracy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import time_to_accuracy
+
+from clusterq_jax import config as config_lib
+from clusterq_jax import experiment, reuse, sharding, svg
+
+RECORDS = pathlib.Path(__file__).with_suffix('.jsonl')
+CONFIG = 'cifar10_resnet20_fast'
+BITS = (4, 3)
+RECIPE = config_lib.flatten(config_lib.fast())
+SHORT = {
+  field: value
+  for field, value in config_lib.flatten(config_lib.fast(1 / 4)).items()
+  if value != RECIPE[field]
+}
+# Differences of each variant to the recipe, by group. Of a group, the first is
+# what the others are drawn beside.
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+  'class_terms': {
+    'none': {'loss.sfda': 0.0, 'loss.diversity': 0.0},
+    'recipe': {},
+    # The paper's table IV, with the run that `no_diversity` must be compared
+    # with: diversity is SFDA with noise on its target, so without it SFDA
+    # weighs less in all.
+    'no_diversity': {'loss.diversity': 0.0},
+    'no_ema': {'centroids.decay': 0.0},
+    'neither': {'loss.diversity': 0.0, 'centroids.decay': 0.0},
+    'sfda_raised': {
+      'loss.sfda': RECIPE['loss.sfda'] + RECIPE['loss.diversity'],
+      'loss.diversity': 0.0,
+    },
+    # Other uses. Summed over ten classes, as eq. 4 has it, they weigh ten
+    # times as much, which is about as much as the statistics of all.
+    'summed': {'loss.class_reduction': 'sum'},
+    'late': {'centroids.first_layer': 13},  # the last stage alone
+    'everywhere': {'centroids.first_layer': 0},
+    'paper_noise': {'loss.noise': (0.5, 1.0)},  # of the stored deviations
+  },
+  # Without each of what the recipe adds to the paper.
+  'ideas': {
+    'recipe': {},
+    'cross_entropy': {'loss.student_cross_entropy': 1.0},
+    'no_features': {'loss.features': 0.0},
+    'no_mixup': {'augment.mixup': 0.0},
+    'no_headroom': {'quant.headroom': 0.0},
+    'minmax_ranges': {'quant.ranges': 'minmax'},
+    'no_procedural': {'schedule.procedural_batches': 0},
+    'no_prototypes': {'generator.prototypes': 0},
+    'unconditional': {'generator.conditional': False},
+    'absolute_statistics': {'loss.relative': 'noise'},
+  },
+}
+# Beginnings of fields that a stage of a run does not depend on.
+_NOT_GENERATOR = (*reuse.STUDENT_FIELDS, 'schedule.procedural_batches')
+_NOT_WARM_UP = (
+  *_NOT_GENERATOR,
+  'loss.sfda',
+  'loss.diversity',
+  'loss.noise',
+  'loss.class_reduction',
+  'centroids.',
+)
+
+
+class Stages:
+  """What variants share of one seed: made once, kept on the host."""
+
+  def __init__(self):
+    self._kept: dict[tuple, dict[str, Any]] = {}
+
+  def bring(self, bench: time_to_accuracy.Bench, variant: dict) -> None:
+    """Brings a new bench to its first student step."""
+    steps, schedule = bench.steps, bench.config.schedule
+    learned = 'step', 'generator', 'generator_opt'
+
+    def once(name, free, make, *fields):
+      given = ((k, v) for k, v in variant.items() if not k.startswith(free))
+      key = (name, *sorted(given))
+      if key not in self._kept:
+        make()
+        made = {field: getattr(bench.state, field) for field in fields}
+        self._kept[key] = jax.device_get(made)
+      return self._kept[key]
+
+    def give(**fields):
+      if isinstance(fields['step'], int):
+        fields['step'] = jnp.full_like(bench.state.step, fields['step'])
+      everywhere = sharding.replicated(steps.mesh)
+      bench.state = jax.device_put(bench.state.replace(**fields), everywhere)
+
+    def train_generator():
+      give(**once('warm-up', _NOT_WARM_UP, bench.warm_up, *learned))
+      bench.train_generator()
+
+    def make_procedural():
+      give(step=steps.procedural_start)
+      bench.make_procedural()
+
+    fields = *learned, 'centroids', 'pool'
+    made = once('generator', _NOT_GENERATOR, train_generator, *fields)
+    drawn = steps.pool_batches * steps.batch_size
+    pool = made['pool'][:drawn]
+    if steps.procedural_batches:
+      images = once('procedural', ('',), make_procedural, 'pool')['pool']
+      pool = np.concatenate([pool, images[drawn:]])
+    first = config_lib.total_steps(schedule) - schedule.student_steps
+    give(**{**made, 'pool': pool, 'step': first})
+    bench.calibrate()
+
+
+def measure(
+  name: str, variant: dict[str, Any], seed: int, stages: Stages, every: int
+) -> Iterator[dict[str, Any]]:
+  """Records of a variant, by bits."""
+  for bits in BITS:
+    fields = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
+    config = time_to_accuracy.read_config(
+      CONFIG, seed, SHORT | variant | fields
+    )
+    images = experiment.load_images(config, experiment.load_teacher(config))
+    bench = time_to_accuracy.Bench(config, images)
+    stages.bring(bench, variant)
+    course = bench.train_student(bench.top1(None), every)
+    record = {
+      'variant': name,
+      'bits': f'W{bits}A{bits}',
+      'seed': seed,
+      'overrides': variant,
+      'every': every,
+      'drops': [round(drop, 2) for _, drop in course],
+      'commit': accuracy.code(),
+      'date': datetime.date.today().isoformat(),
+      'machine': accuracy.machine(),
+    }
+    print(f'{name} {record["bits"]} seed {seed}: {record["drops"]}', flush=True)
+    yield record
+
+
+def curve(records: list[dict[str, Any]], name: str) -> svg.Curve:
+  """Means over the seeds, but for the start, which is far above."""
+  some = [r for r in records if r['variant'] == name]
+  steps = [r['every'] * i for r in some[:1] for i in range(len(r['drops']))]
+  drops = zip(*(r['drops'] for r in some), strict=True)
+  return svg.Curve(name, steps[1:], [*map(statistics.mean, drops)][1:])
+
+
+def picture(records: list[dict[str, Any]], names: list[str]) -> str:
+  """Every variant beside the first, by bits, of the seeds that both have."""
+  seeds = {n: {r['seed'] for r in records if r['variant'] == n} for n in names}
+  charts = []
+  for name in names[1:]:
+    both = seeds[name] & seeds[names[0]]
+    for bits in dict.fromkeys(r['bits'] for r in records):
+      some = [r for r in records if r['bits'] == bits and r['seed'] in both]
+      curves = [curve(some, n) for n in (name, names[0])]
+      title = f'{bits}, seed{"s" * (len(both) > 1)} {str(sorted(both))[1:-1]}'
+      charts.append(svg.curves(title, curves, 'student step', 'drop, points'))
+  return svg.sheet(charts, columns=4)
+
+
+def table(records: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
+  bits = list(dict.fromkeys(r['bits'] for r in records))
+  yield f'| variant | {" | ".join(f"{b}, drop" for b in bits)} |'
+  yield '|---' * (1 + len(bits)) + '|'
+  for name in names:
+    cells = []
+    for b in bits:
+      of = [r for r in records if (r['variant'], r['bits']) == (name, b)]
+      drops = [r['drops'][-1] for r in sorted(of, key=lambda r: r['seed'])]
+      listed = ', '.join(f'{d:.2f}' for d in drops)
+      cells.append(f'{statistics.mean(drops):.2f} ({listed})')
+    yield f'| `{name}` | {" | ".join(cells)} |'
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add = parser.add_argument
+  add('group', choices=GROUPS)
+  add('--seeds', type=int, nargs='+', default=[0, 1, 2])
+  add('--variants', nargs='+', metavar='NAME', help='default: all')
+  add('--every', type=int, default=30, help='student steps per evaluation')
+  add('--table', action='store_true', help='print and draw, run nothing')
+  args = parser.parse_args()
+  group = GROUPS[args.group]
+  unknown = set(args.variants or ()) - set(group)
+  if unknown:
+    parser.error(f'{", ".join(unknown)}: expected {", ".join(group)}')
+  for seed in [] if args.table else args.seeds:
+    stages = Stages()
+    for name in args.variants or group:
+      done = {(r['variant'], r['seed']) for r in accuracy.read(RECORDS)}
+      if (name, seed) not in done:
+        new = list(measure(name, group[name], seed, stages, args.every))
+        with RECORDS.open('a') as file:
+          file.writelines(json.dumps(record) + '\n' for record in new)
+  records = accuracy.read(RECORDS)
+  names = [n for n in group if n in {r['variant'] for r in records}]
+  if not names:
+    print(f'error: {RECORDS}: no records of {args.group}', file=sys.stderr)
+    return 2
+  print('\n'.join(table(records, names)))
+  if names[0] == next(iter(group)):
+    file = RECORDS.with_name(f'ablation_{args.group}.svg')
+    file.write_text(picture(records, names))
+    print(file)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
