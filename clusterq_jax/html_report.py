@@ -74,6 +74,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .key { display: inline-block; margin-right: 14px; white-space: nowrap }
 .key b { display: inline-block; width: 11px; height: 11px; margin-right: 5px }
 pre { font-size: 12px; background: #f4f6f8; padding: 8px; overflow: auto }
+svg { max-width: 100%; height: auto }
 """
 
 

@@ -31,9 +31,8 @@ WIDE = 660  # two charts and the gap between them
 _WIDTH, _HEIGHT = 324, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 40
 
-# What a page with charts needs.
+# Of what is in the charts.
 STYLE = """
-svg { max-width: 100%; height: auto }
 svg text { font: 11px system-ui, sans-serif; fill: #333 }
 svg text[fill] { fill: #fff }
 svg .title { font-size: 12px; font-weight: 600 }
