@@ -3,9 +3,9 @@
     python benchmarks/forecast.py [RECORDS] [--write]
 
 RECORDS: JSON lines as accuracy.py writes them, which are taken by default.
-Printed is how well every network is forecast from the other ones; --write puts
-the coefficients from all of them into the package. See README.md in this folder
-and clusterq_jax/forecast.py.
+Printed is how well every network is forecast from the other ones, and every bit
+width from the others; --write puts the coefficients from all into the package.
+See README.md in this folder and clusterq_jax/forecast.py.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import pathlib
 import statistics
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import accuracy
@@ -62,20 +63,36 @@ def fit(networks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
   }
 
 
-def leave_one_out(networks: dict[str, list[dict[str, Any]]]) -> None:
-  """Prints each network's runs beside what the other networks say of them."""
-  print('| network | bits | runs | drop | forecast | off by |')
-  print('|---|---|---|---|---|---|')
-  for name, runs in networks.items():
-    others = {k: v for k, v in networks.items() if k != name}
-    slope = fit(others)['slope']
-    for bits in dict.fromkeys(r['bits'] for r in runs):
-      some = [r for r in runs if r['bits'] == bits]
-      drop = statistics.mean(r['drop'] for r in some)
-      guess = slope * statistics.mean(map(divergence, some))
-      print(
-        f'| {name} | {bits} | {len(some)} | {drop:.2f} | {guess:.2f} | '
-        f'{guess - drop:+.2f} |'
+def by_network(records: list[dict[str, Any]]) -> dict[str, list[dict]]:
+  """Runs by network, of those that say something about a slope."""
+  networks: dict[str, list[dict[str, Any]]] = {}
+  for record in records:
+    networks.setdefault(record['config'], []).append(record)
+  # The slope of a network that loses nothing, or of one run, says nothing.
+  return {
+    name: runs
+    for name, runs in networks.items()
+    if len(runs) > 1 and sum(r['drop'] for r in runs) > 0
+  }
+
+
+def leave_out(records: list[dict[str, Any]], field: str) -> Iterator[str]:
+  """A table: runs beside what runs of other values of a field say of them."""
+  yield f'| without this {field} | network | bits | runs | drop | forecast |'
+  yield '|---|---|---|---|---|---|'
+  for value in dict.fromkeys(r[field] for r in records):
+    others = by_network([r for r in records if r[field] != value])
+    slope = fit(others)['slope'] if len(others) > 1 else math.nan
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in records:
+      if r[field] == value:
+        groups.setdefault((r['config'], r['bits']), []).append(r)
+    for (network, bits), runs in groups.items():
+      drop = statistics.mean(r['drop'] for r in runs)
+      guess = slope * statistics.mean(map(divergence, runs))
+      yield (
+        f'| {value} | {network} | {bits} | {len(runs)} | {drop:.2f} | '
+        f'{guess:.2f} |'
       )
 
 
@@ -86,17 +103,13 @@ def main() -> int:
   )
   parser.add_argument('--write', action='store_true')
   args = parser.parse_args()
-  networks: dict[str, list[dict[str, Any]]] = {}
-  for record in accuracy.read(args.records):
-    # Lines from before it was measured lack it.
-    if 'blended_divergence' in record['synthetic']:
-      networks.setdefault(record['config'], []).append(record)
-  # Slopes of a network that loses nothing, or of one run, say nothing.
-  networks = {
-    name: runs
-    for name, runs in networks.items()
-    if len(runs) > 1 and sum(r['drop'] for r in runs) > 0
-  }
+  # Lines from before it was measured lack it.
+  records = [
+    r
+    for r in accuracy.read(args.records)
+    if 'blended_divergence' in r['synthetic']
+  ]
+  networks = by_network(records)
   if len(networks) < 3:
     print(
       f'error: {args.records}: records of {len(networks)} networks with two '
@@ -104,7 +117,8 @@ def main() -> int:
       file=sys.stderr,
     )
     return 2
-  leave_one_out(networks)
+  for field in ('config', 'bits'):
+    print('\n'.join(leave_out(records, field)) + '\n')
   coefficients = fit(networks)
   print(json.dumps(coefficients, indent=2))
   if args.write:

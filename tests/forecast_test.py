@@ -80,3 +80,18 @@ def test_fit(monkeypatch):
   # t(0.95, 4) = 2.132, of 0.02 / 4 squared.
   assert found['margin'] == pytest.approx(2.132 * 0.005**0.5, abs=2e-3)
   assert found['largest_divergence'] == 0.3
+
+
+def test_what_is_forecast_is_not_fitted_on(monkeypatch):
+  monkeypatch.syspath_prepend(str(_BENCHMARKS))
+  leave_out = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['leave_out']
+  records = [
+    _record(drop, 0.1) | {'config': config, 'bits': bits}
+    for config, drop in (('a', 1.0), ('b', 1.0), ('c', 9.0))
+    for bits in ('W4A4', 'W4A4', 'W8A8')
+  ]
+  # By network c is forecast from a and b, of slope 10.
+  assert '| c | c | W4A4 | 2 | 9.00 | 1.00 |' in leave_out(records, 'config')
+  records[-1]['drop'] = 0.0
+  # By bits, W8A8 from the runs of W4A4 of all: the cube root of 10 x 10 x 90.
+  assert '| W8A8 | c | W8A8 | 1 | 0.00 | 2.08 |' in leave_out(records, 'bits')
