@@ -238,8 +238,11 @@ def times(group: list[dict[str, Any]]) -> str:
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:
   """Lines of the Markdown table: a row per config, bits, placement."""
-  yield '| config | evaluated on | bits | teacher | student | drop | time |'
-  yield '|---|---|---|---|---|---|---|'
+  yield (
+    '| config | evaluated on | bits | teacher | student | drop | agreement '
+    '| time |'
+  )
+  yield '|---' * 8 + '|'
   groups: dict[tuple, list[dict[str, Any]]] = {}
   for r in sorted(records, key=lambda r: r['seed']):
     cell = dataclasses.replace(cell_of(r), seed=0)
@@ -257,7 +260,9 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
     yield (
       f'| `{cell.config}.py` | {evaluated_on}, {images:,} | '
       f'{cell.bits} {cell.placement} | {group[0]["teacher"]:.2f} | '
-      f'{students} | {spread([r["drop"] for r in group])} | {times(group)} |'
+      f'{students} | {spread([r["drop"] for r in group])} | '
+      f'{statistics.mean(r["agreement"] for r in group):.1f} | '
+      f'{times(group)} |'
     )
 
 

@@ -48,6 +48,7 @@ def test_table(accuracy):
       'teacher': 90.0,
       'student': 90 - drop,
       'drop': drop,
+      'agreement': 99 - drop,
       'own_generator': own,
       'wall_s': wall_s,
     }
@@ -61,7 +62,7 @@ def test_table(accuracy):
   )
   assert rows == [
     '| `mine.py` | images, 5,000 | W4A4 paper | 90.00 | 89.00, 88.00 '
-    '| 1.50 (1.00 to 2.00) | 200 s |',
+    '| 1.50 (1.00 to 2.00) | 97.5 | 200 s |',
     '| `mine.py` | images, 5,000 | W8A8 paper | 90.00 | 89.50 '
-    '| 0.50 | 40 s (student alone) |',
+    '| 0.50 | 98.5 | 40 s (student alone) |',
   ]
