@@ -23,6 +23,7 @@ from scipy import stats
 from clusterq_jax import forecast
 
 LEVEL = 0.9  # of the interval
+IMAGES = 5000  # that the margin is for: the scatter goes with 1 / images
 
 
 def divergence(record: dict[str, Any]) -> float:
@@ -34,8 +35,10 @@ def fit(networks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
   Networks count alike, however many runs each has: the slope is the geometric
   mean of theirs, and `factor` the interval for that of one more network, by
-  Student's t. `margin` is the like for a run of a known slope: the scatter of
-  seeds and bits, and that of the accuracy itself on so many images.
+  Student's t. `margin`, times the root of the divergence, is the like for a run
+  of a known slope: the scatter of seeds and bits, and that of the accuracy
+  itself on 5,000 images, which comes from those that student and teacher answer
+  differently; their share goes with that root.
   """
   slopes = {
     name: sum(r['drop'] for r in runs) / sum(map(divergence, runs))
@@ -43,13 +46,15 @@ def fit(networks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
   }
   logs, count = [math.log(s) for s in slopes.values()], len(slopes)
   width = stats.t.ppf((1 + LEVEL) / 2, count - 1) * math.sqrt(1 + 1 / count)
-  residuals = [
-    r['drop'] - slopes[name] * divergence(r)
+  squares = [
+    (r['drop'] - slopes[name] * divergence(r)) ** 2
+    / divergence(r)
+    * (r['images'] / IMAGES)
     for name, runs in networks.items()
     for r in runs
   ]
-  free = len(residuals) - count
-  scatter = math.sqrt(sum(e**2 for e in residuals) / free)
+  free = len(squares) - count
+  scatter = math.sqrt(sum(squares) / free)
   return {
     'slope': round(math.exp(statistics.mean(logs)), 3),
     'factor': round(math.exp(min(width * statistics.stdev(logs), 10)), 3),

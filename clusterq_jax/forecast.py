@@ -16,6 +16,7 @@ nothing of images unlike those that the teacher was trained on.
 """
 
 import json
+import math
 from typing import Any
 
 from clusterq_jax.data import ASSETS
@@ -43,8 +44,9 @@ def drop(divergence: float) -> dict[str, float] | None:
   if not divergence <= c['largest_divergence']:
     return None
   estimate = c['slope'] * divergence
+  margin = c['margin'] * math.sqrt(divergence)
   return {
     'drop': round(estimate, 2),
-    'low': round(estimate / c['factor'] - c['margin'], 2),
-    'high': round(estimate * c['factor'] + c['margin'], 2),
+    'low': round(estimate / c['factor'] - margin, 2),
+    'high': round(estimate * c['factor'] + margin, 2),
   }

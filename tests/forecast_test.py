@@ -23,8 +23,9 @@ def coefficients(monkeypatch, tmp_path):
 
 
 def test_drop(coefficients):
-  assert forecast.drop(0.1) == {'drop': 2.0, 'low': 0.75, 'high': 4.25}
-  assert forecast.drop(0.0) == {'drop': 0.0, 'low': -0.25, 'high': 0.25}
+  assert forecast.drop(0.04) == {'drop': 0.8, 'low': 0.35, 'high': 1.65}
+  assert forecast.drop(0.16) == {'drop': 3.2, 'low': 1.5, 'high': 6.5}
+  assert forecast.drop(0.0) == {'drop': 0.0, 'low': 0.0, 'high': 0.0}
 
 
 @pytest.mark.parametrize('divergence', [0.21, float('inf'), float('nan')])
@@ -42,7 +43,7 @@ def test_the_one_in_the_package():
 
 @pytest.mark.parametrize(
   ('divergence', 'expected'),
-  [(0.1, '2.0 points, 0.8 to 4.2'), (0.5, 'none: further')],
+  [(0.16, '3.2 points, 1.5 to 6.5'), (0.5, 'none: further')],
 )
 def test_closing_table(coefficients, divergence, expected):
   config = ml_collections.ConfigDict({'eval': {'source': 'npz'}})
@@ -57,6 +58,7 @@ def _record(drop, divergence):
   return {
     'drop': drop,
     'commit': 'abc',
+    'images': 5000,
     'synthetic': {'blended_divergence': divergence},
   }
 
@@ -77,8 +79,8 @@ def test_fit(monkeypatch):
   assert found['factor'] == pytest.approx(
     2 ** (2.920 * (4 / 3) ** 0.5), rel=0.01
   )
-  # t(0.95, 4) = 2.132, of 0.02 / 4 squared.
-  assert found['margin'] == pytest.approx(2.132 * 0.005**0.5, abs=2e-3)
+  # t(0.95, 4) = 2.132, of 0.02 / 4 squared, in units of the root of 0.1.
+  assert found['margin'] == pytest.approx(2.132 * 0.05**0.5, abs=2e-3)
   assert found['largest_divergence'] == 0.3
 
 
