@@ -59,7 +59,7 @@ def test_defaults_are_valid():
 
 def test_the_short_recipes_headroom_follows_the_bits():
   config = config_lib.fast()
-  for bits, headroom in ((4, 0.2), (3, 0.1), (8, 0.6)):
+  for bits, headroom in ((2, 0.0), (3, 0.1), (4, 0.2), (8, 0.2)):
     config.quant.activation_bits = bits
     assert config.quant.headroom == headroom
     assert _stored(config)['quant']['headroom'] == headroom
