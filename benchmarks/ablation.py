@@ -32,6 +32,7 @@ from clusterq_jax import experiment, reuse, sharding, svg
 RECORDS = pathlib.Path(__file__).with_suffix('.jsonl')
 CONFIG = 'cifar10_resnet20_fast'
 BITS = (4, 3)
+EVERY = 30  # student steps per evaluation
 RECIPE = config_lib.flatten(config_lib.fast())
 SHORT = {
   field: value
@@ -134,7 +135,7 @@ class Stages:
 
 
 def measure(
-  name: str, variant: dict[str, Any], seed: int, stages: Stages, every: int
+  name: str, variant: dict[str, Any], seed: int, stages: Stages
 ) -> Iterator[dict[str, Any]]:
   """Records of a variant, by bits."""
   for bits in BITS:
@@ -145,13 +146,13 @@ def measure(
     images = experiment.load_images(config, experiment.load_teacher(config))
     bench = time_to_accuracy.Bench(config, images)
     stages.bring(bench, variant)
-    course = bench.train_student(bench.top1(None), every)
+    course = bench.train_student(bench.top1(None), EVERY)
     record = {
       'variant': name,
       'bits': f'W{bits}A{bits}',
       'seed': seed,
       'overrides': variant,
-      'every': every,
+      'every': EVERY,
       'drops': [round(drop, 2) for _, drop in course],
       'commit': accuracy.code(),
       'date': datetime.date.today().isoformat(),
@@ -202,20 +203,15 @@ def main() -> int:
   add = parser.add_argument
   add('group', choices=GROUPS)
   add('--seeds', type=int, nargs='+', default=[0, 1, 2])
-  add('--variants', nargs='+', metavar='NAME', help='default: all')
-  add('--every', type=int, default=30, help='student steps per evaluation')
   add('--table', action='store_true', help='print and draw, run nothing')
   args = parser.parse_args()
   group = GROUPS[args.group]
-  unknown = set(args.variants or ()) - set(group)
-  if unknown:
-    parser.error(f'{", ".join(unknown)}: expected {", ".join(group)}')
   for seed in [] if args.table else args.seeds:
     stages = Stages()
-    for name in args.variants or group:
+    for name, variant in group.items():
       done = {(r['variant'], r['seed']) for r in accuracy.read(RECORDS)}
       if (name, seed) not in done:
-        new = list(measure(name, group[name], seed, stages, args.every))
+        new = list(measure(name, variant, seed, stages))
         with RECORDS.open('a') as file:
           file.writelines(json.dumps(record) + '\n' for record in new)
   records = accuracy.read(RECORDS)

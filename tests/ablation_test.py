@@ -5,7 +5,6 @@ import sys
 import types
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
@@ -105,7 +104,7 @@ def test_variants_share_what_they_do_not_change(ablation):
 def test_variants_are_configs_of_their_own(ablation):
   for variants in ablation.GROUPS.values():
     for variant in variants.values():
-      config = ml_collections.ConfigDict(config_lib.fast())
+      config = config_lib.fast()
       config.update_from_flattened_dict(ablation.SHORT | variant)
       config_lib.validate(config)
     texts = [str(sorted(variant.items())) for variant in variants.values()]
