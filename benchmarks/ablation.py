@@ -31,7 +31,9 @@ from clusterq_jax import experiment, reuse, sharding, svg
 
 RECORDS = pathlib.Path(__file__).with_suffix('.jsonl')
 CONFIG = 'cifar10_resnet20_fast'
-BITS = (4, 3)
+BITS = {'W4A4': 4, 'W3A3': 3}
+# Of a record's lists: unit, and format.
+FIGURES = {'drops': ('drop, points', '.2f'), 'divergences': ('KL, nats', '.4f')}
 EVERY = 30  # student steps per evaluation
 RECIPE = config_lib.flatten(config_lib.fast())
 SHORT = {
@@ -43,7 +45,7 @@ SHORT = {
 # what the others are drawn beside.
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
   'class_terms': {
-    'none': {'loss.sfda': 0.0, 'loss.diversity': 0.0},
+    'none': time_to_accuracy.NO_CLASS_TERMS,
     'recipe': {},
     # The paper's table IV, with the run that `no_diversity` must be compared
     # with: diversity is SFDA with noise on its target, so without it SFDA
@@ -138,7 +140,7 @@ def measure(
   name: str, variant: dict[str, Any], seed: int, stages: Stages
 ) -> Iterator[dict[str, Any]]:
   """Records of a variant, by bits."""
-  for bits in BITS:
+  for label, bits in BITS.items():
     fields = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
     config = time_to_accuracy.read_config(
       CONFIG, seed, SHORT | variant | fields
@@ -146,28 +148,33 @@ def measure(
     images = experiment.load_images(config, experiment.load_teacher(config))
     bench = time_to_accuracy.Bench(config, images)
     stages.bring(bench, variant)
-    course = bench.train_student(bench.top1(None), EVERY)
+    course = bench.train_student(EVERY)
     record = {
       'variant': name,
-      'bits': f'W{bits}A{bits}',
+      'bits': label,
       'seed': seed,
       'overrides': variant,
       'every': EVERY,
-      'drops': [round(drop, 2) for _, drop in course],
+      'drops': [round(point.drop, 2) for point in course],
+      'divergences': [round(point.divergence, 4) for point in course],
       'commit': accuracy.code(),
       'date': datetime.date.today().isoformat(),
       'machine': accuracy.machine(),
     }
-    print(f'{name} {record["bits"]} seed {seed}: {record["drops"]}', flush=True)
+    print(
+      f'{name} {record["bits"]} seed {seed}: {record["drops"]}, '
+      f'{record["divergences"]}',
+      flush=True,
+    )
     yield record
 
 
-def curve(records: list[dict[str, Any]], name: str) -> svg.Curve:
+def curve(records: list[dict[str, Any]], name: str, of: str) -> svg.Curve:
   """Means over the seeds, but for the start, which is far above."""
   some = [r for r in records if r['variant'] == name]
-  steps = [r['every'] * i for r in some[:1] for i in range(len(r['drops']))]
-  drops = zip(*(r['drops'] for r in some), strict=True)
-  return svg.Curve(name, steps[1:], [*map(statistics.mean, drops)][1:])
+  steps = [r['every'] * i for r in some[:1] for i in range(len(r[of]))]
+  values = zip(*(r[of] for r in some), strict=True)
+  return svg.Curve(name, steps[1:], [*map(statistics.mean, values)][1:])
 
 
 def picture(records: list[dict[str, Any]], names: list[str]) -> str:
@@ -176,25 +183,30 @@ def picture(records: list[dict[str, Any]], names: list[str]) -> str:
   charts = []
   for name in names[1:]:
     both = seeds[name] & seeds[names[0]]
-    for bits in dict.fromkeys(r['bits'] for r in records):
+    for bits in BITS:
       some = [r for r in records if r['bits'] == bits and r['seed'] in both]
-      curves = [curve(some, n) for n in (name, names[0])]
       title = f'{bits}, seed{"s" * (len(both) > 1)} {str(sorted(both))[1:-1]}'
-      charts.append(svg.curves(title, curves, 'student step', 'drop, points'))
-  return svg.sheet(charts, columns=4)
+      for of, (unit, _) in FIGURES.items():
+        curves = [curve(some, n, of) for n in (name, names[0])]
+        charts.append(svg.curves(title, curves, 'student step', unit))
+  return svg.sheet(charts, columns=len(BITS) * len(FIGURES))
 
 
 def table(records: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-  bits = list(dict.fromkeys(r['bits'] for r in records))
-  yield f'| variant | {" | ".join(f"{b}, drop" for b in bits)} |'
-  yield '|---' * (1 + len(bits)) + '|'
+  """Lines of a Markdown table: means of the last step, and every seed's."""
+  columns = [(bits, of) for bits in BITS for of in FIGURES]
+  heads = (f'{bits} {FIGURES[of][0]}' for bits, of in columns)
+  yield f'| variant | {" | ".join(heads)} |'
+  yield '|---' * (1 + len(columns)) + '|'
   for name in names:
     cells = []
-    for b in bits:
-      of = [r for r in records if (r['variant'], r['bits']) == (name, b)]
-      drops = [r['drops'][-1] for r in sorted(of, key=lambda r: r['seed'])]
-      listed = ', '.join(f'{d:.2f}' for d in drops)
-      cells.append(f'{statistics.mean(drops):.2f} ({listed})')
+    for bits, of in columns:
+      some = [r for r in records if (r['variant'], r['bits']) == (name, bits)]
+      ends = [r[of][-1] for r in sorted(some, key=lambda r: r['seed'])]
+      mean, *ends = (
+        f'{x:{FIGURES[of][1]}}' for x in (statistics.mean(ends), *ends)
+      )
+      cells.append(f'{mean} ({", ".join(ends)})')
     yield f'| `{name}` | {" | ".join(cells)} |'
 
 

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import accuracy
 import jax
@@ -24,6 +24,7 @@ from clusterq_jax import config as config_lib
 from clusterq_jax import (
   evaluation,
   experiment,
+  losses,
   procedural,
   sharding,
   train,
@@ -37,8 +38,22 @@ PUBLISHED = {
   'cifar100_variant': 70.33 - 67.09,
 }
 OURS, PLAIN = 'ours', 'ours without class terms'
-# Points of a method's course: seconds so far, and drop in percentage points.
-Course = list[tuple[float, float]]
+NO_CLASS_TERMS = {'loss.sfda': 0.0, 'loss.diversity': 0.0}
+
+
+class Point(NamedTuple):
+  """A student on real images, on the course of its method.
+
+  seconds: so far; drop: in percentage points; divergence: mean KL from the
+  teacher, nats.
+  """
+
+  seconds: float
+  drop: float
+  divergence: float
+
+
+Course = list[Point]
 
 
 class Clock:
@@ -80,12 +95,26 @@ class Bench:
       return self.steps.teacher_logits(variables, x)
     return self.steps.student_logits(student, variables, x)
 
-  def top1(self, student) -> float:
-    """In percent; of the teacher, if student is None."""
-    logits = functools.partial(self._logits, student, self.variables)
-    size = self.config.eval.batch_size
-    found = evaluation.predictions([logits], self.images.images, size)
-    return evaluation.percent(found[0] == self.images.labels)
+  def logits(self, student) -> np.ndarray:
+    """On all images; the teacher's, if student is None."""
+    images, size = self.images.images, self.config.eval.batch_size
+    batches = [images[i : i + size] for i in range(0, len(images), size)]
+    found = [self._logits(student, self.variables, b) for b in batches]
+    return np.concatenate(jax.device_get(found))
+
+  @functools.cached_property
+  def teacher_logits(self) -> np.ndarray:
+    return self.logits(None)
+
+  def point(self, student, seconds: float | None = None) -> Point:
+    """Where a student is, by default now."""
+    seconds = self.clock.seconds if seconds is None else seconds
+    both = self.logits(student), self.teacher_logits
+    own, teacher = (
+      evaluation.percent(x.argmax(-1) == self.images.labels) for x in both
+    )
+    divergence = float(losses.distillation_loss(*both))
+    return Point(seconds, teacher - own, divergence)
 
   def _transition(self, function, key):
     args = self.state, self.variables, key
@@ -142,12 +171,11 @@ class Bench:
     )
     return {**student, 'quant': quant}
 
-  def train_student(self, teacher: float, every: int) -> Course:
-    course = [(self.clock.seconds, teacher - self.top1(self.delivered()))]
+  def train_student(self, every: int) -> Course:
+    course = [self.point(self.delivered())]
     count = self.config.schedule.student_steps
     for _ in self.train(self.steps.student_step, count, every):
-      drop = teacher - self.top1(self.delivered())
-      course.append((self.clock.seconds, drop))
+      course.append(self.point(self.delivered()))
     return course
 
 
@@ -195,34 +223,30 @@ def squant(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
   return (codes.reshape(kernel.shape) * step).astype(np.float32)
 
 
-def calibrated(bench: Bench, minmax, teacher: float) -> dict[str, Course]:
+def calibrated(bench: Bench, minmax) -> dict[str, Course]:
   """Students that saw the calibration images, and were not trained.
 
   Args:
     bench: with a generator and a calibrated student.
     minmax: its config, with ranges by largest magnitude.
-    teacher: its top-1 in percent.
   """
   courses = {}
   before, student = bench.clock.seconds, bench.state.student
-  courses['calibration alone'] = [(before, teacher - bench.top1(student))]
+  courses['calibration alone'] = [bench.point(student)]
 
   # Rounded on their own, the teacher's weights leave its BatchNorms alone.
   params = {
     k: dict(v) for k, v in jax.device_get(bench.variables['params']).items()
   }
   student = {**student, 'params': params}
-  top1 = bench.top1(student)
-  courses['MSE ranges, nearest rounding'] = [(before, teacher - top1)]
+  courses['MSE ranges, nearest rounding'] = [bench.point(student)]
 
   start = time.monotonic()
   for name, bits in bench.steps.plan.weights:
     step = np.exp(student['quant'][name]['weights'])
     params[name]['kernel'] = squant(params[name]['kernel'], step, bits)
   seconds = before + time.monotonic() - start
-  courses['MSE ranges, closed-form rounding'] = [
-    (seconds, teacher - bench.top1(student))
-  ]
+  courses['MSE ranges, closed-form rounding'] = [bench.point(student, seconds)]
 
   other = Bench(minmax, bench.images)
   other.state = other.state.replace(
@@ -230,9 +254,8 @@ def calibrated(bench: Bench, minmax, teacher: float) -> dict[str, Course]:
   )
   args = other.state, other.variables, other.keys[3]
   state = other.compile(other.steps.calibrate_student, *args)(*args)
-  top1 = other.top1(state.student)
   # `before` holds a calibration already, of the other kind.
-  courses['min-max ranges'] = [(before, teacher - top1)]
+  courses['min-max ranges'] = [other.point(state.student, before)]
   return courses
 
 
@@ -250,28 +273,25 @@ def measure(
 ) -> dict[str, Course]:
   """The course of every method with one seed; fields: of the config."""
   ours = read_config(name, seed, fields)
-  plain = read_config(
-    name, seed, fields | accuracy.CLASS_TERMS['no_class_terms']
-  )
+  plain = read_config(name, seed, fields | NO_CLASS_TERMS)
   minmax = read_config(name, seed, fields | {'quant.ranges': 'minmax'})
   images = experiment.load_images(ours, experiment.load_teacher(ours))
   courses: dict[str, Course] = {}
   for method, config in ((OURS, ours), (PLAIN, plain)):
     bench = Bench(config, images)
-    teacher = bench.top1(None)
     bench.make_generator()
-    new = calibrated(bench, minmax, teacher) if method == OURS else {}
-    new[method] = bench.train_student(teacher, every)
+    new = calibrated(bench, minmax) if method == OURS else {}
+    new[method] = bench.train_student(every)
     print(f'seed {seed}, compiled in {bench.compile.seconds:.0f} s', flush=True)
     for label, course in new.items():
-      points = ', '.join(f'{s:.0f} s {drop:.2f}' for s, drop in course)
+      points = ', '.join(f'{p.seconds:.0f} s {p.drop:.2f}' for p in course)
       print(f'  {label}: {points}', flush=True)
     courses |= new
   return courses
 
 
 def reached(course: Course, target: float) -> float | None:
-  return next((s for s, drop in course if drop <= target), None)
+  return next((p.seconds for p in course if p.drop <= target), None)
 
 
 def table(runs: list[dict[str, Course]], target: float) -> Iterator[str]:
@@ -291,8 +311,8 @@ def table(runs: list[dict[str, Course]], target: float) -> Iterator[str]:
       if len(times) == len(runs):
         ours = mean if method == OURS else ours
         ratio = f'x{mean / ours:.2f}' if ours else ''
-    end = statistics.mean(c[-1][0] for c in courses)
-    drops = accuracy.spread([c[-1][1] for c in courses])
+    end = statistics.mean(c[-1].seconds for c in courses)
+    drops = accuracy.spread([c[-1].drop for c in courses])
     yield f'| {method} | {cell} | {ratio} | {end:.0f} s | {drops} |'
 
 

@@ -113,15 +113,28 @@ def test_variants_are_configs_of_their_own(ablation):
 
 def test_table_and_picture(ablation):
   records = [
-    {'variant': v, 'bits': b, 'seed': s, 'every': 30, 'drops': [9, 2, drop]}
-    for v, s, drop in (('none', 0, 1.25), ('none', 1, 1.0), ('late', 1, 1.5))
-    for b in ('W4A4', 'W3A3')
+    {
+      'variant': variant,
+      'bits': bits,
+      'seed': seed,
+      'every': 30,
+      'drops': [9, 2, drop],
+      'divergences': [0.9, 0.2, drop / 10],
+    }
+    for variant, seed, drop in (
+      ('none', 0, 1.25),
+      ('none', 1, 1.0),
+      ('late', 1, 1.5),
+    )
+    for bits in ablation.BITS
   ]
   names = ['none', 'late']
   *_, none, late = ablation.table(records, names)
-  assert none == '| `none` | 1.12 (1.25, 1.00) | 1.12 (1.25, 1.00) |'
-  assert late == '| `late` | 1.50 (1.50) | 1.50 (1.50) |'
+  figures = '1.12 (1.25, 1.00) | 0.1125 (0.1250, 0.1000)'
+  assert none == f'| `none` | {figures} | {figures} |'
+  figures = '1.50 (1.50) | 0.1500 (0.1500)'
+  assert late == f'| `late` | {figures} | {figures} |'
   picture = ablation.picture(records, names)
   # Of the seed that both have, without the start.
   assert 'W4A4, seed 1<' in picture
-  assert ablation.curve(records[2:4:2], 'none').y == [2, 1.0]
+  assert ablation.curve(records[2:3], 'none', 'drops').y == [2, 1.0]
