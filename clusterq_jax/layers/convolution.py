@@ -36,12 +36,11 @@ _CPU_INFO = pathlib.Path('/proc/cpuinfo')
 def compiler_options() -> dict[str, str]:
   """What to compile convolutions with: `jax.jit(compiler_options=)`.
 
-  On x86, Eigen's are faster than those of the YNN library that XLA prefers. Two
-  cores without AVX-512 (Zen 3): a generator step takes 0.31 s with them and 0.46
-  with YNN's, a student step 0.54 and 0.60 to 0.70. With AVX-512 (Sapphire
-  Rapids) a joint step at batch 128 takes 0.79 s and 0.84; and 0.75 where the
-  rest of it uses the whole width of the vectors, too, of which XLA's default is
-  half.
+  On x86, Eigen's are faster than those of the YNN library that XLA prefers. On
+  two cores without AVX-512 (Zen 3) a generator step takes 0.31 s with them and
+  0.46 with YNN's, a student step 0.54 and 0.60 to 0.70; with AVX-512 (Sapphire
+  Rapids) a joint step at batch 128 takes 0.79 s and 0.84, and 0.75 where the
+  rest of it also uses whole vectors, not half of each, as XLA does by default.
 
   Returns:
     XLA option to value; none where XLA's choice is kept.
