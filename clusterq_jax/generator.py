@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from clusterq_jax.layers import convolution
+from clusterq_jax.layers import channels, convolution
 
 _EPSILON = 1e-5
 _SLOPE = 0.2
@@ -36,18 +36,22 @@ class _BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, kind=None):
-    mean = jnp.mean(x, (0, 1, 2))
-    var = jnp.maximum(jnp.mean(jnp.square(x), (0, 1, 2)) - mean**2, 0.0)
-    gain = jax.lax.rsqrt(var + _EPSILON)
+    pixels = x.size // x.shape[-1]
+    mean = channels.total(x) / pixels
+    mean_square = channels.total(jnp.square(x)) / pixels
+    gain = jax.lax.rsqrt(jnp.maximum(mean_square - mean**2, 0.0) + _EPSILON)
     if not self.gains:
-      return (x - mean) * gain
+      return channels.scale_and_shift(x, gain, -mean * gain)
     shape = mean.shape if self.gains == 1 else (self.gains, *mean.shape)
     scale = self.param('scale', nn.initializers.ones, shape)
     bias = self.param('bias', nn.initializers.zeros, shape)
     if self.gains > 1:
       scale, bias = scale[kind][:, None, None], bias[kind][:, None, None]
     gain *= scale
-    return x * gain + (bias - mean * gain)
+    shift = bias - mean * gain
+    if self.gains > 1:
+      return x * gain + shift
+    return channels.scale_and_shift(x, gain, shift)
 
 
 # Which taps of a 3-tap filter fall on which of two low-resolution neighbours as

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from clusterq_jax import statistics
-from clusterq_jax.layers import convolution, fake_quant, protocol
+from clusterq_jax.layers import channels, convolution, fake_quant, protocol
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.models import registry, resnet
 from clusterq_jax.quant import plan
@@ -669,3 +669,19 @@ def test_gradients_reach_every_weight_and_step():
   for path, leaf in jax.tree_util.tree_leaves_with_path((to_params, to_quant)):
     assert np.all(np.isfinite(leaf)), path
     assert np.abs(leaf).max() > 1e-6, path
+
+
+@pytest.mark.parametrize('shape', [(5, 7, 6, 3), (2, 1, 1, 8)])
+def test_scale_and_shift(shape):
+  random = np.random.RandomState(0)
+  x, g = random.randn(2, *shape).astype(np.float32)
+  gain, shift = random.randn(2, shape[-1]).astype(np.float32)
+
+  def both(function):
+    y, gradients = jax.vjp(function, x, gain, shift)
+    return y, *gradients(g)
+
+  found = both(channels.scale_and_shift)
+  for a, b in zip(found, both(lambda x, a, b: x * a + b), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(channels.total(g), g.sum((0, 1, 2)), atol=1e-5)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from clusterq_jax.layers import convolution, protocol
+from clusterq_jax.layers import channels, convolution, protocol
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.quant import numerics, rounding
 from clusterq_jax.quant.plan import Plan
@@ -206,7 +206,7 @@ class QuantConv(_Quantized):
     if self.calibrate and self.has_variable('targets', 'input'):
       scale, bias = self._corrected(h, scale, bias, mean.value, var.value)
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
-    h = h * gain + (bias - mean.value * gain)
+    h = channels.scale_and_shift(h, gain, bias - mean.value * gain)
     return self.quantize_output(float_layers.activate(h, self.act))
 
   def _corrected(self, h, scale, bias, mean, var):

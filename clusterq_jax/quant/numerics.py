@@ -75,7 +75,10 @@ def _fake_quant_backward(residuals, g):
   dx = jnp.where(inside, g, 0.0)
   code = jnp.clip(jnp.round(scaled), low, high)
   dstep = g * (code - jnp.where(inside, scaled, 0.0))
-  axes = tuple(range(x.ndim - step.ndim))
+  if x.ndim > 1 and not step.ndim:
+    # In two sums, which the CPU does in half the time of one.
+    dstep = lax.optimization_barrier(jnp.sum(dstep, -1))
+  axes = tuple(range(dstep.ndim - step.ndim))
   return dx, jnp.sum(dstep, axes).reshape(step.shape), None, None
 
 
