@@ -21,7 +21,6 @@ import json, runpy, sys
 import jax, numpy as np
 from jax.sharding import AxisType
 from clusterq_jax import checkpoint, experiment, sharding, train
-from clusterq_jax.layers import convolution
 assert jax.device_count() == 8
 config = runpy.run_path(sys.argv[1])['get_config']()
 teacher = experiment.load_teacher(config)
@@ -68,12 +67,8 @@ for _ in range(5):
     one.state, eight.abstract)
   losses['step on 1'] += one(1)
   losses['step on 8'] += eight(1)
-# Over several steps, XLA's own kernels: rounding grows. Adam's first steps are
-# the signs of gradients, of those too that are nothing but rounding; with the
-# kernels of a run, on a CPU without AVX-512, a student's loss differed by 0.5 %
-# at the fifth step.
-convolution.compiler_options = dict
-losses |= {f'float32 on {n}': Run(n, np.float32)(5) for n in (1, 8)}
+# Over several steps in float64 alone. In float32 rounding grows: Adam's first
+# steps are the signs of gradients, of those too that are nothing but rounding.
 jax.config.update('jax_enable_x64', True)
 one, eight = Run(1, np.float64), Run(8, np.float64)
 losses['float64 on 1'] = one(25)
@@ -130,11 +125,10 @@ def test_eight_devices_give_the_losses_of_one(
   out, error = process.communicate(timeout=600)
   assert process.returncode == 0, error
   losses = json.loads(out)
-  assert len(losses['step on 1']) == len(losses['float32 on 1']) == 5
-  # In float32 a code of the student can turn, which for one of eight images
-  # moves the loss by percents: on a CPU with AVX-512, in the second step.
+  assert len(losses['step on 1']) == 5
+  # A code of the student can turn, which for one of eight images moves the loss
+  # by percents: so did one in the second step on a CPU with AVX-512.
   _assert_close(losses['step on 8'], losses['step on 1'], turned=1)
-  _assert_close(losses['float32 on 8'], losses['float32 on 1'])
   one = losses['float64 on 1']
   assert len(one) == 50
   for name in ('float64 on 8', '8 to 1', '1 to 8'):
