@@ -119,16 +119,16 @@ def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
     'quant.activation_bits': int(activations),
     'quant.placement': cell.placement,
   }
-  # Whoever comes first of those that differ in the student alone makes the
+  # Whoever is done first of those that differ in the student alone made the
   # generator: to the others it is what their own would be, bit for bit.
-  alike = [
+  alike = (
     c
     for c in itertools.chain.from_iterable(MATRICES.values())
-    if (c.config, c.seed) == (cell.config, cell.seed)
-  ]
-  first = alike[0] if alike else cell
-  if first != cell and finished(runs / first.name):
-    result['generator.workdir'] = runs / first.name
+    if (c.config, c.seed) == (cell.config, cell.seed) and c != cell
+  )
+  made = next((c for c in alike if finished(runs / c.name)), None)
+  if made:
+    result['generator.workdir'] = runs / made.name
   return result
 
 
@@ -149,7 +149,8 @@ def machine() -> dict[str, Any]:
   info = pathlib.Path('/proc/cpuinfo')
   lines = info.read_text().splitlines() if info.exists() else []
   models = [x.split(': ')[1] for x in lines if x.startswith('model name')]
-  return {'cpu': (models or [platform.machine()])[0], 'cores': os.cpu_count()}
+  ours = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)
+  return {'cpu': (models or [platform.machine()])[0], 'cores': len(ours)}
 
 
 def losses(workdir: pathlib.Path) -> dict[str, float]:

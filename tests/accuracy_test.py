@@ -17,7 +17,7 @@ def accuracy():
   return types.SimpleNamespace(**runpy.run_path(str(_FILE)))
 
 
-def test_bits_share_the_generator_of_the_first(accuracy, tmp_path):
+def test_runs_share_the_generator_of_who_is_done(accuracy, tmp_path):
   first, *_, last = [
     c for c in accuracy.MATRICES['fashion_mnist'] if c.seed == 1
   ]
@@ -27,6 +27,8 @@ def test_bits_share_the_generator_of_the_first(accuracy, tmp_path):
   (workdir / 'results.json').write_text('{"wall_s": 1.0}')
   assert accuracy.fields(last, tmp_path)['generator.workdir'] == workdir
   assert 'generator.workdir' not in accuracy.fields(first, tmp_path)
+  other = dataclasses.replace(last, placement='integer')
+  assert accuracy.fields(other, tmp_path)['generator.workdir'] == workdir
   other = dataclasses.replace(last, seed=2)
   assert 'generator.workdir' not in accuracy.fields(other, tmp_path)
 
