@@ -73,6 +73,16 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     'no_headroom': {'quant.headroom': 0.0},
     'minmax_ranges': {'quant.ranges': 'minmax'},
     'no_procedural': {'schedule.procedural_batches': 0},
+    # As many images, of which the generator, untrained, makes one batch: a
+    # config without any would be refused.
+    'no_generator': {
+      'schedule.warmup_steps': 0,
+      'schedule.generator_steps': 1,
+      'schedule.pool_batches': 1,
+      'schedule.procedural_batches': SHORT['schedule.pool_batches']
+      + SHORT['schedule.procedural_batches']
+      - 1,
+    },
     'no_prototypes': {'generator.prototypes': 0},
     'unconditional': {'generator.conditional': False},
     'absolute_statistics': {'loss.relative': 'noise'},
@@ -88,6 +98,7 @@ _NOT_WARM_UP = (
   'loss.class_reduction',
   'centroids.',
 )
+_NOT_PROCEDURAL = (*reuse.STUDENT_FIELDS, 'loss.', 'centroids.', 'generator.')
 
 
 class Stages:
@@ -129,7 +140,9 @@ class Stages:
     drawn = steps.pool_batches * steps.batch_size
     pool = made['pool'][:drawn]
     if steps.procedural_batches:
-      images = once('procedural', ('',), make_procedural, 'pool')['pool']
+      images = once('procedural', _NOT_PROCEDURAL, make_procedural, 'pool')[
+        'pool'
+      ]
       pool = np.concatenate([pool, images[drawn:]])
     first = config_lib.total_steps(schedule) - schedule.student_steps
     give(**{**made, 'pool': pool, 'step': first})

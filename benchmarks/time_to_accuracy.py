@@ -153,12 +153,19 @@ class Bench:
   def calibrate(self) -> None:
     self._transition(self.steps.calibrate_student, self.keys[3])
 
-  def make_generator(self) -> None:
-    """From nothing to the first student step, all quantizers set."""
-    self.warm_up()
-    self.train_generator()
-    self.make_procedural()
-    self.calibrate()
+  def prepare(self) -> dict[str, float]:
+    """From nothing to the first student step; seconds of each phase."""
+    spent = {}
+    for phase in (
+      self.warm_up,
+      self.train_generator,
+      self.make_procedural,
+      self.calibrate,
+    ):
+      before = self.clock.seconds
+      phase()
+      spent[phase.__name__] = self.clock.seconds - before
+    return spent
 
   def delivered(self):
     """The student with the headroom that a run ends with."""
@@ -223,29 +230,35 @@ def squant(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
   return (codes.reshape(kernel.shape) * step).astype(np.float32)
 
 
-def calibrated(bench: Bench, minmax) -> dict[str, Course]:
+def calibrated(
+  bench: Bench, minmax, spent: dict[str, float]
+) -> dict[str, Course]:
   """Students that saw the calibration images, and were not trained.
 
+  These images are procedural ones: no generator is needed.
+
   Args:
-    bench: with a generator and a calibrated student.
+    bench: with a calibrated student.
     minmax: its config, with ranges by largest magnitude.
+    spent: seconds, of `bench.prepare`.
   """
   courses = {}
-  before, student = bench.clock.seconds, bench.state.student
-  courses['calibration alone'] = [bench.point(student)]
+  student, made = bench.state.student, spent['make_procedural']
+  seconds = made + spent['calibrate']
+  courses['calibration alone'] = [bench.point(student, seconds)]
 
   # Rounded on their own, the teacher's weights leave its BatchNorms alone.
   params = {
     k: dict(v) for k, v in jax.device_get(bench.variables['params']).items()
   }
   student = {**student, 'params': params}
-  courses['MSE ranges, nearest rounding'] = [bench.point(student)]
+  courses['MSE ranges, nearest rounding'] = [bench.point(student, seconds)]
 
   start = time.monotonic()
   for name, bits in bench.steps.plan.weights:
     step = np.exp(student['quant'][name]['weights'])
     params[name]['kernel'] = squant(params[name]['kernel'], step, bits)
-  seconds = before + time.monotonic() - start
+  seconds += time.monotonic() - start
   courses['MSE ranges, closed-form rounding'] = [bench.point(student, seconds)]
 
   other = Bench(minmax, bench.images)
@@ -253,9 +266,11 @@ def calibrated(bench: Bench, minmax) -> dict[str, Course]:
     generator=bench.state.generator, pool=bench.state.pool
   )
   args = other.state, other.variables, other.keys[3]
-  state = other.compile(other.steps.calibrate_student, *args)(*args)
-  # `before` holds a calibration already, of the other kind.
-  courses['min-max ranges'] = [other.point(state.student, before)]
+  program = other.compile(other.steps.calibrate_student, *args)
+  with other.clock:
+    state = jax.block_until_ready(program(*args))
+  seconds = made + other.clock.seconds
+  courses['min-max ranges'] = [other.point(state.student, seconds)]
   return courses
 
 
@@ -279,8 +294,8 @@ def measure(
   courses: dict[str, Course] = {}
   for method, config in ((OURS, ours), (PLAIN, plain)):
     bench = Bench(config, images)
-    bench.make_generator()
-    new = calibrated(bench, minmax) if method == OURS else {}
+    spent = bench.prepare()
+    new = calibrated(bench, minmax, spent) if method == OURS else {}
     new[method] = bench.train_student(every)
     print(f'seed {seed}, compiled in {bench.compile.seconds:.0f} s', flush=True)
     for label, course in new.items():

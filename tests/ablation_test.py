@@ -99,6 +99,8 @@ def test_variants_share_what_they_do_not_change(ablation):
   assert made(groups['class_terms']['late']) == ['generator']
   assert made(groups['class_terms']['none']) == ['generator']
   assert made(groups['ideas']['no_prototypes']) == ['warm-up', 'generator']
+  everything = ['warm-up', 'generator', 'procedural']
+  assert made(groups['ideas']['no_generator']) == everything
 
 
 def test_variants_are_configs_of_their_own(ablation):
