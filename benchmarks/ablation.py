@@ -2,13 +2,14 @@
 
     python benchmarks/ablation.py class_terms [--seeds 0 1 2]
     python benchmarks/ablation.py ideas [--seeds 0 1 2]
+    python benchmarks/ablation.py many_classes [--seeds 0 1 2]
     python benchmarks/ablation.py GROUP --table        # of what was measured
 
-On CIFAR-10, with the recipe a quarter as long: from each variant's generator a
-student of W4A4 and one of W3A3, evaluated along the way. A line for each goes
-to ablation.jsonl beside this file; what has one is not run again. At the end a
-table of all lines, and their curves in ablation_GROUP.svg. See README.md in
-this folder.
+On CIFAR-10, or for `many_classes` CIFAR-100, with the recipe a quarter as long:
+from each variant's generator a student of W4A4 and one of W3A3, evaluated along
+the way. A line for each goes to ablation.jsonl beside this file; what has one
+is not run again. At the end a table of all lines, and their curves in
+ablation_GROUP.svg. See README.md in this folder.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from clusterq_jax import config as config_lib
 from clusterq_jax import experiment, reuse, sharding, svg
 
 RECORDS = pathlib.Path(__file__).with_suffix('.jsonl')
-CONFIG = 'cifar10_resnet20_fast'
 BITS = {'W4A4': 4, 'W3A3': 3}
 # Of a record's lists: unit, and format.
 FIGURES = {'drops': ('drop, points', '.2f'), 'divergences': ('KL, nats', '.4f')}
@@ -87,6 +87,14 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     'unconditional': {'generator.conditional': False},
     'absolute_statistics': {'loss.relative': 'noise'},
   },
+}
+# Some of them are there for many classes.
+GROUPS['many_classes'] = {
+  name: GROUPS['ideas'][name]
+  for name in ('recipe', 'no_mixup', 'no_prototypes', 'unconditional')
+}
+CONFIGS = dict.fromkeys(GROUPS, 'cifar10_resnet20_fast') | {
+  'many_classes': 'cifar100_variant'
 }
 # Beginnings of fields that a stage of a run does not depend on.
 _NOT_GENERATOR = (*reuse.STUDENT_FIELDS, 'schedule.procedural_batches')
@@ -150,19 +158,18 @@ class Stages:
 
 
 def measure(
-  name: str, variant: dict[str, Any], seed: int, stages: Stages
+  base: str, name: str, variant: dict[str, Any], seed: int, stages: Stages
 ) -> Iterator[dict[str, Any]]:
-  """Records of a variant, by bits."""
+  """Records of a variant, by bits; base: config that it varies."""
   for label, bits in BITS.items():
     fields = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
-    config = time_to_accuracy.read_config(
-      CONFIG, seed, SHORT | variant | fields
-    )
+    config = time_to_accuracy.read_config(base, seed, SHORT | variant | fields)
     images = experiment.load_images(config, experiment.load_teacher(config))
     bench = time_to_accuracy.Bench(config, images)
     stages.bring(bench, variant)
     course = bench.train_student(EVERY)
     record = {
+      'config': base,
       'variant': name,
       'bits': label,
       'seed': seed,
@@ -230,16 +237,20 @@ def main() -> int:
   add('--seeds', type=int, nargs='+', default=[0, 1, 2])
   add('--table', action='store_true', help='print and draw, run nothing')
   args = parser.parse_args()
-  group = GROUPS[args.group]
+  group, base = GROUPS[args.group], CONFIGS[args.group]
+
+  def known():
+    return [r for r in accuracy.read(RECORDS) if r['config'] == base]
+
   for seed in [] if args.table else args.seeds:
     stages = Stages()
     for name, variant in group.items():
-      done = {(r['variant'], r['seed']) for r in accuracy.read(RECORDS)}
+      done = {(r['variant'], r['seed']) for r in known()}
       if (name, seed) not in done:
-        new = list(measure(name, variant, seed, stages))
+        new = list(measure(base, name, variant, seed, stages))
         with RECORDS.open('a') as file:
           file.writelines(json.dumps(record) + '\n' for record in new)
-  records = accuracy.read(RECORDS)
+  records = known()
   names = [n for n in group if n in {r['variant'] for r in records}]
   if not names:
     print(f'error: {RECORDS}: no records of {args.group}', file=sys.stderr)
