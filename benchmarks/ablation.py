@@ -91,7 +91,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 # Some of them are there for many classes.
 GROUPS['many_classes'] = {
   name: GROUPS['ideas'][name]
-  for name in ('recipe', 'no_mixup', 'no_prototypes', 'unconditional')
+  for name in (
+    'recipe',
+    'no_mixup',
+    'no_headroom',
+    'no_prototypes',
+    'unconditional',
+  )
 }
 CONFIGS = dict.fromkeys(GROUPS, 'cifar10_resnet20_fast') | {
   'many_classes': 'cifar100_variant'
