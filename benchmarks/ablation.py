@@ -156,10 +156,8 @@ class Stages:
     drawn = steps.pool_batches * steps.batch_size
     pool = made['pool'][:drawn]
     if steps.procedural_batches:
-      images = once('procedural', _NOT_PROCEDURAL, make_procedural, 'pool')[
-        'pool'
-      ]
-      pool = np.concatenate([pool, images[drawn:]])
+      shared = once('procedural', _NOT_PROCEDURAL, make_procedural, 'pool')
+      pool = np.concatenate([pool, shared['pool'][drawn:]])
     first = config_lib.total_steps(schedule) - schedule.student_steps
     give(**{**made, 'pool': pool, 'step': first})
     bench.calibrate()
