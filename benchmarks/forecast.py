@@ -83,7 +83,7 @@ def by_network(records: list[dict[str, Any]]) -> dict[str, list[dict]]:
 
 def leave_out(records: list[dict[str, Any]], field: str) -> Iterator[str]:
   """A table: runs beside what runs of other values of a field say of them."""
-  yield f'| without this {field} | network | bits | runs | drop | forecast |'
+  yield f'| without this {field} | network | student | runs | drop | forecast |'
   yield '|---|---|---|---|---|---|'
   for value in dict.fromkeys(r[field] for r in records):
     others = by_network([r for r in records if r[field] != value])
@@ -91,12 +91,13 @@ def leave_out(records: list[dict[str, Any]], field: str) -> Iterator[str]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in records:
       if r[field] == value:
-        groups.setdefault((r['config'], r['bits']), []).append(r)
-    for (network, bits), runs in groups.items():
+        student = f'{r["bits"]} {r["placement"]}'
+        groups.setdefault((r['config'], student), []).append(r)
+    for (network, student), runs in groups.items():
       drop = statistics.mean(r['drop'] for r in runs)
       guess = slope * statistics.mean(map(divergence, runs))
       yield (
-        f'| {value} | {network} | {bits} | {len(runs)} | {drop:.2f} | '
+        f'| {value} | {network} | {student} | {len(runs)} | {drop:.2f} | '
         f'{guess:.2f} |'
       )
 
