@@ -69,6 +69,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     'recipe': {},
     'cross_entropy': {'loss.student_cross_entropy': 1.0},
     'no_features': {'loss.features': 0.0},
+    'no_mixup': {'augment.mixup': 0.0},
     'no_headroom': {'quant.headroom': 0.0},
     'minmax_ranges': {'quant.ranges': 'minmax'},
     'no_procedural': {'schedule.procedural_batches': 0},
@@ -93,6 +94,7 @@ GROUPS['many_classes'] = {
   for name in (
     'recipe',
     'cross_entropy',
+    'no_mixup',
     'no_headroom',
     'no_prototypes',
     'unconditional',

@@ -1,4 +1,4 @@
-"""Augmentation of synthetic images: random resized crop and flip; blends.
+"""Augmentation of synthetic images: random resized crop and flip; mixup.
 
 Differentiable, batched, and free of data-dependent shapes: the crop is a pair
 of bilinear interpolation matrices per image, identities where it is off.
@@ -54,19 +54,26 @@ def random_resized_crop_and_flip(
   return jnp.einsum('bjw,biwc->bijc', columns, x)
 
 
-def blend(key: jax.Array, x: jax.Array) -> jax.Array:
-  """Blends each image with another of its batch, as mixup does.
+def mixup(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
+  """Blends images with others of their batch (Zhang et al. 2018).
 
-  Zhang et al. 2018, without the labels.
+  For losses against the teacher's answers to the blended images: no label is
+  blended. Not in the paper.
 
   Args:
-    key: PRNG key, of the ratios, which are uniform.
+    key: PRNG key.
     x: images, [B, H, W, C].
+    probability: that an image is blended, in a ratio drawn uniformly.
 
   Returns:
     [B, H, W, C].
   """
-  ratio = jax.random.uniform(key, (x.shape[0], 1, 1, 1))
+  if probability == 0:
+    return x
+  on_key, ratio_key = jax.random.split(key)
+  shape = (x.shape[0], 1, 1, 1)
+  on = jax.random.bernoulli(on_key, probability, shape)
+  ratio = jnp.where(on, jax.random.uniform(ratio_key, shape), 0.0)
   return x + ratio * (x[::-1] - x)
 
 

@@ -147,6 +147,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.augment = augment = ml_collections.ConfigDict()
   augment.probability = 0.5  # per batch
   augment.flip = True
+  augment.mixup = 0.0  # per image, in student steps; not in the paper
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.source = 'none'
@@ -186,10 +187,10 @@ def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   a class can also shape by gains of its own; statistics in units of the stored
   deviations; the student rests until the generator is done, then learns from
   its recent images, and from procedural ones that were moved towards the
-  teacher's statistics; it starts from quantizer steps of the MSE-optimal clip,
-  weights rounded to keep the layers' outputs, and BatchNorms corrected; Adam
-  with a cosine; distillation of logits and features without cross-entropy;
-  ranges of the last stage with headroom.
+  teacher's statistics, mixed with one another too; it starts from quantizer
+  steps of the MSE-optimal clip, weights rounded to keep the layers' outputs,
+  and BatchNorms corrected; Adam with a cosine; distillation of logits and
+  features without cross-entropy; ranges of the last stage with headroom.
 
   Args:
     scale: of the steps of every phase and the images of the pool, for those
@@ -213,6 +214,7 @@ def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   config.student.lr = 6e-4
   config.student.quant_lr = 2e-3
   config.augment.probability = 0.0
+  config.augment.mixup = 0.2
   config.loss.statistics = 10.0
   config.loss.student_cross_entropy = 0.0
   config.loss.features = 100.0

@@ -11,7 +11,7 @@ is of first order.
 
 Fitted by `benchmarks/forecast.py` on runs with real images, of few networks and
 of one recipe: which ones, assets/forecast.json says. It knows nothing of other
-recipes, least of all of students that were trained on blended images; and
+recipes, least of all of students that were not trained on blended images; and
 nothing of images unlike those that the teacher was trained on.
 """
 

@@ -88,6 +88,7 @@ class Steps:
     procedural_start: the first step that makes these.
     augment_probability: of augmenting a batch.
     augment_flip: whether augmentation mirrors.
+    augment_mixup: of blending an image with another, in student steps.
     range_steps: step up to which activation ranges adapt (minmax ranges).
     generator_lr, student_lr, quant_lr: learning rates by step.
     generator_optimizer, student_optimizer: without learning rate.
@@ -108,6 +109,7 @@ class Steps:
   procedural_start: int
   augment_probability: float
   augment_flip: bool
+  augment_mixup: float
   range_steps: int
   generator_lr: LearningRate
   student_lr: LearningRate
@@ -528,13 +530,14 @@ class Steps:
     The label of a pool image is the teacher's answer.
     """
     key = jax.random.fold_in(key, state.step)
-    draw_key, augment_key = jax.random.split(key)
+    draw_key, augment_key, mix_key = jax.random.split(key, 3)
     assert state.pool is not None
     rows = jax.random.randint(
       draw_key, (self.batch_size,), 0, state.pool.shape[0]
     )
     pixels = sharding.split_batch(self.mesh, state.pool[rows])
     x = self._augment(augment_key, self.preprocessing.normalize(pixels))
+    x = augment.mixup(mix_key, x, self.augment_mixup)
     network = self._network(float_layers.layer_set(dtype=self.dtype))
     answers, _ = jax.lax.stop_gradient(self._answers(network, teacher, x))
     labels = jnp.argmax(answers.logits, -1)

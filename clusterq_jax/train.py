@@ -126,7 +126,7 @@ class _Run:
       images, _ = steps.generate(state.generator, image_key)
       x = steps.preprocessing.to_pixels(images)
       x = steps.preprocessing.normalize(x)
-      blended = augment.blend(mix_key, x)
+      blended = augment.mixup(mix_key, x, 1.0)
       return [compare(state, variables, images) for images in (x, blended)]
 
     key = self.keys[_HELD_OUT]

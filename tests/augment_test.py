@@ -105,10 +105,17 @@ def test_gradient_is_the_transpose(flip):
   np.testing.assert_allclose(np.vdot(y, g), np.vdot(x, dx), rtol=1e-4)
 
 
-def test_blend_mixes_images_with_another_of_the_batch():
+def test_mixup_blends_some_images_with_another_of_the_batch():
   x = np.eye(64, dtype=np.float32).reshape(64, 8, 8, 1)  # each its own pixel
-  y = np.asarray(augment.blend(jax.random.key(0), x)).reshape(64, 64)
+  y = np.asarray(augment.mixup(jax.random.key(0), x, 0.5)).reshape(64, 64)
   own, other = np.diag(y), np.diag(y[:, ::-1])
   np.testing.assert_allclose(own + other, 1, atol=1e-6)
   np.testing.assert_allclose(y.sum(1), 1, atol=1e-6)
-  assert own.min() < 0.2 < 0.8 < own.max()
+  assert 20 < (own == 1).sum() < 44
+  blended = own[own < 1]
+  assert blended.min() < 0.2 < 0.8 < blended.max()
+
+
+def test_mixup_off_changes_nothing():
+  x = _images()
+  assert augment.mixup(jax.random.key(0), x, 0.0) is x
