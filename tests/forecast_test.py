@@ -88,12 +88,21 @@ def test_what_is_forecast_is_not_fitted_on(monkeypatch):
   monkeypatch.syspath_prepend(str(_BENCHMARKS))
   leave_out = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['leave_out']
   records = [
-    _record(drop, 0.1) | {'config': config, 'bits': bits}
+    _record(drop, 0.1)
+    | {'config': config, 'bits': bits, 'placement': placement}
     for config, drop in (('a', 1.0), ('b', 1.0), ('c', 9.0))
-    for bits in ('W4A4', 'W4A4', 'W8A8')
+    for bits, placement in (
+      ('W4A4', 'paper'),
+      ('W4A4', 'paper'),
+      ('W4A4', 'integer'),
+      ('W8A8', 'paper'),
+    )
   ]
   # By network c is forecast from a and b, of slope 10.
-  assert '| c | c | W4A4 | 2 | 9.00 | 1.00 |' in leave_out(records, 'config')
+  found = list(leave_out(records, 'config'))
+  assert '| c | c | W4A4 paper | 2 | 9.00 | 1.00 |' in found
+  assert '| c | c | W4A4 integer | 1 | 9.00 | 1.00 |' in found
   records[-1]['drop'] = 0.0
   # By bits, W8A8 from the runs of W4A4 of all: the cube root of 10 x 10 x 90.
-  assert '| W8A8 | c | W8A8 | 1 | 0.00 | 2.08 |' in leave_out(records, 'bits')
+  found = list(leave_out(records, 'bits'))
+  assert '| W8A8 | c | W8A8 paper | 1 | 0.00 | 2.08 |' in found
