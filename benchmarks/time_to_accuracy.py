@@ -32,8 +32,8 @@ from clusterq_jax import (
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.quant import numerics
 
-# Drops at W4A4, in points. ClusterQ: arXiv 2205.00179, table I. SynQ: ICLR 2025,
-# the best with uniform bits and one scale per tensor of activations.
+# Drops at W4A4, in points. ClusterQ: arXiv 2205.00179, table I. SynQ (ICLR
+# 2025): the best with uniform bits and one scale per tensor of activations.
 PUBLISHED = {
   'cifar10_resnet20_fast': {'ClusterQ': 93.89 - 92.06, 'SynQ': 1.13},
   'cifar100_variant': {'ClusterQ': 70.33 - 67.09, 'SynQ': 2.99},
