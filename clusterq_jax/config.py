@@ -54,6 +54,7 @@ _AT_LEAST = {
   'checkpoint_every': 1,
   'schedule.lr_factor': 0.0,
   'quant.headroom': 0.0,
+  'augment.adversarial': 0.0,
   'generator.lr': 0.0,
   'student.lr': 0.0,
   'student.quant_lr': 0.0,
@@ -147,7 +148,11 @@ def defaults() -> ml_collections.ConfigDict:
   config.augment = augment = ml_collections.ConfigDict()
   augment.probability = 0.5  # per batch
   augment.flip = True
-  augment.mixup = 0.0  # per image, in student steps; not in the paper
+  # In student steps; not in the paper. mixup: share of blended images;
+  # adversarial: how far every other image is moved to where student and teacher
+  # differ more, of a normalised pixel.
+  augment.mixup = 0.0
+  augment.adversarial = 0.0
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.source = 'none'
@@ -187,7 +192,8 @@ def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   a class can also shape by gains of its own; statistics in units of the stored
   deviations; the student rests until the generator is done, then learns from
   its recent images, and from procedural ones that were moved towards the
-  teacher's statistics, mixed with one another too; it starts from quantizer
+  teacher's statistics, mixed with one another too and moved to where it errs;
+  it starts from quantizer
   steps of the MSE-optimal clip, weights rounded to keep the layers' outputs,
   and BatchNorms corrected; Adam with a cosine; distillation of logits and
   features without cross-entropy; ranges of the last stage with headroom.
@@ -215,6 +221,8 @@ def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   config.student.quant_lr = 2e-3
   config.augment.probability = 0.0
   config.augment.mixup = 0.2
+  # The fewer bits, the more a student can err: 0.1 for 4, and none for 8.
+  config.augment.adversarial = (8 - bits).to_float() / 40
   config.loss.statistics = 10.0
   config.loss.student_cross_entropy = 0.0
   config.loss.features = 100.0

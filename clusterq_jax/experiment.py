@@ -116,6 +116,7 @@ def make_steps(
     augment_probability=config.augment.probability,
     augment_flip=config.augment.flip,
     augment_mixup=config.augment.mixup,
+    augment_adversarial=config.augment.adversarial,
     range_steps=student_start + s.range_steps,
     generator_lr=rate(config.generator.lr, start=0, end=generator_end),
     student_lr=rate(student.lr, start=student_start, end=total),

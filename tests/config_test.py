@@ -57,12 +57,20 @@ def test_defaults_are_valid():
   config_lib.validate(config_lib.defaults())
 
 
-def test_the_short_recipes_headroom_follows_the_bits():
+def test_what_follows_from_the_bits_in_the_short_recipe():
   config = config_lib.fast()
-  for bits, headroom in ((2, 0.0), (3, 0.1), (4, 0.2), (8, 0.2)):
+  for bits, headroom, adversarial in (
+    (2, 0.0, 0.15),
+    (3, 0.1, 0.125),
+    (4, 0.2, 0.1),
+    (8, 0.2, 0.0),
+  ):
     config.quant.activation_bits = bits
     assert config.quant.headroom == headroom
-    assert _stored(config)['quant']['headroom'] == headroom
+    assert config.augment.adversarial == adversarial
+    stored = _stored(config)
+    assert stored['quant']['headroom'] == headroom
+    assert stored['augment']['adversarial'] == adversarial
   config.quant.headroom = 0.0
   config.quant.activation_bits = 4
   assert config.quant.headroom == 0.0
@@ -133,6 +141,7 @@ def test_differences_leave_out_what_may_differ(field, value):
     ('quant.first_weight_bits', 1, '2 to 8'),
     ('quant.last_weight_bits', 16, '2 to 8'),
     ('quant.headroom', -0.01, 'at least 0.0'),
+    ('augment.adversarial', -0.1, 'at least 0.0'),
     ('schedule.batch_size', 1, 'at least 2'),
     ('schedule.warmup_steps', -1, 'at least 0'),
     ('schedule.procedural_batches', -1, 'at least 0'),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clusterq_jax import experiment, procedural, statistics, weights
+from clusterq_jax import experiment, losses, procedural, statistics, weights
 
 # Where the tiny schedule's phases begin; see conftest.
 _GENERATOR, _JOINT, _STUDENT, _TOTAL = 2, 5, 7, 10
@@ -238,6 +238,37 @@ def test_student_step_sees_the_pool_and_nothing_else(step, state):
   assert _same(new.student, again.student)
   _, different = step('student_step', state.replace(pool=255 - state.pool))
   assert float(different['student/loss']) != float(metrics['student/loss'])
+
+
+def test_half_of_the_images_move_to_where_the_student_differs(state, finished):
+  # A student that differs by far more than by its quantizers.
+  classifier = state.student['params']['classifier']
+  other = {**classifier, 'kernel': -classifier['kernel']}
+  params = {**state.student['params'], 'classifier': other}
+  state = state.replace(student={**state.student, 'params': params})
+  teacher = finished.variables
+  x = finished.steps.preprocessing.normalize(state.pool[:8])
+
+  def harden(size):
+    steps = dataclasses.replace(finished.steps, augment_adversarial=size)
+    return steps._harden(jax.random.key(0), state, teacher, x)
+
+  @jax.jit
+  def divergence(x):
+    student = finished.steps.student_logits(state.student, teacher, x)
+    return losses.distillation_loss(
+      student, finished.steps.teacher_logits(teacher, x)
+    )
+
+  assert harden(0.0) is x
+  y = jax.jit(lambda: harden(0.02))()
+  distance = np.abs(np.asarray(y - x)).max((1, 2, 3))
+  np.testing.assert_array_equal(distance[1::2], 0)
+  assert ((0 < distance[::2]) & (distance[::2] < 0.0201)).all()
+  assert len(set(distance[::2])) == 4  # each as far as drawn for it
+  signs = jax.random.rademacher(jax.random.key(1), x.shape)
+  anywhere = x + signs * jnp.abs(y - x)
+  assert divergence(y) > 1.05 * max(divergence(x), divergence(anywhere))
 
 
 def _poison_centroids(state):
