@@ -207,8 +207,8 @@ class Steps:
     """Moves every other image to where student and teacher differ more.
 
     Along the sign of the gradient of their divergence, as far as drawn. Not in
-    the paper; Li et al., "Hard Sample Matters a Lot in Zero-Shot Quantization",
-    CVPR 2023, move all of theirs.
+    the paper: as the harder samples of HAST (Li et al., CVPR 2023, arXiv
+    2303.13826), which measures difficulty in another way.
     """
     if self.augment_adversarial == 0:
       return x

@@ -6,8 +6,8 @@ short recipe of `clusterq_jax.config.fast`.
     python -m clusterq_jax.main --config=configs/cifar10_resnet20_fast.py \
         --workdir=runs/cifar10_fast
 
-Measured on 5,000 CIFAR-10 test images: teacher 91.68; student 91.10 with seed
-0, in 18 minutes on two cores.
+Measured on 5,000 CIFAR-10 test images: teacher 91.68; student 90.70, 90.80,
+90.44 with seeds 0 to 2. A run takes about 20 minutes on one core.
 """
 
 from clusterq_jax import config as config_lib
