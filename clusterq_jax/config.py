@@ -149,8 +149,8 @@ def defaults() -> ml_collections.ConfigDict:
   augment.probability = 0.5  # per batch
   augment.flip = True
   # In student steps; not in the paper. mixup: share of blended images;
-  # adversarial: how far every other image is moved to where student and teacher
-  # differ more, of a normalised pixel.
+  # adversarial: how far, of a normalised pixel, every other image is moved at
+  # most to where student and teacher differ more.
   augment.mixup = 0.0
   augment.adversarial = 0.0
 
@@ -193,10 +193,10 @@ def fast(scale: float = 1.0) -> ml_collections.ConfigDict:
   deviations; the student rests until the generator is done, then learns from
   its recent images, and from procedural ones that were moved towards the
   teacher's statistics, mixed with one another too and moved to where it errs;
-  it starts from quantizer
-  steps of the MSE-optimal clip, weights rounded to keep the layers' outputs,
-  and BatchNorms corrected; Adam with a cosine; distillation of logits and
-  features without cross-entropy; ranges of the last stage with headroom.
+  it starts from quantizer steps of the MSE-optimal clip, weights rounded to
+  keep the layers' outputs, and BatchNorms corrected; Adam with a cosine;
+  distillation of logits and features without cross-entropy; ranges of the last
+  stage with headroom.
 
   Args:
     scale: of the steps of every phase and the images of the pool, for those

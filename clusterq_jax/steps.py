@@ -89,8 +89,8 @@ class Steps:
     augment_probability: of augmenting a batch.
     augment_flip: whether augmentation mirrors.
     augment_mixup: of blending an image with another, in student steps.
-    augment_adversarial: how far images are moved to where student and teacher
-      differ, in student steps; of a normalised pixel.
+    augment_adversarial: how far, of a normalised pixel, every other image is
+      moved at most to where student and teacher differ more, in student steps.
     range_steps: step up to which activation ranges adapt (minmax ranges).
     generator_lr, student_lr, quant_lr: learning rates by step.
     generator_optimizer, student_optimizer: without learning rate.

@@ -76,6 +76,7 @@ def get_config():
   config.centroids.images_per_class = 16
   config.schedule.batch_size = 8
   config.loss.features = 0.5
+  config.augment.adversarial = 0.01
   config.schedule.warmup_steps = 2
   config.schedule.generator_steps = 3
   config.schedule.joint_steps = 2

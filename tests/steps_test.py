@@ -261,14 +261,15 @@ def test_half_of_the_images_move_to_where_the_student_differs(state, finished):
     )
 
   assert harden(0.0) is x
-  y = jax.jit(lambda: harden(0.02))()
+  y = jax.jit(lambda: harden(0.05))()
   distance = np.abs(np.asarray(y - x)).max((1, 2, 3))
   np.testing.assert_array_equal(distance[1::2], 0)
-  assert ((0 < distance[::2]) & (distance[::2] < 0.0201)).all()
+  assert ((0 < distance[::2]) & (distance[::2] < 0.0501)).all()
   assert len(set(distance[::2])) == 4  # each as far as drawn for it
   signs = jax.random.rademacher(jax.random.key(1), x.shape)
   anywhere = x + signs * jnp.abs(y - x)
-  assert divergence(y) > 1.05 * max(divergence(x), divergence(anywhere))
+  before = divergence(x)
+  assert divergence(y) - before > 2 * abs(divergence(anywhere) - before) > 0
 
 
 def _poison_centroids(state):
@@ -278,12 +279,13 @@ def _poison_centroids(state):
 def test_student_loss_is_that_of_pool_images(step, state, finished):
   """The loss again, from the pool's pixels, by another way."""
   steps, key = finished.steps, jax.random.fold_in(finished.key, 8)
-  draw_key, augment_key = jax.random.split(key)
+  draw_key, augment_key, _, size_key = jax.random.split(key, 4)
   rows = jax.random.randint(draw_key, (8,), 0, 16)
   pixels = np.float64(np.asarray(state.pool)[np.asarray(rows)])
   prep = finished.teacher.preprocessing
   x = (pixels / 255 - np.array(prep.mean)) / np.array(prep.std)
   x = steps._augment(augment_key, jnp.float32(x))
+  x = jax.jit(steps._harden)(size_key, state, finished.variables, x)
   _, metrics = step('student_step', state)
 
   @jax.jit
