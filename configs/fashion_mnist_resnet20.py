@@ -7,8 +7,8 @@ the weights file says what input it expects.
     python -m clusterq_jax.main --config=configs/fashion_mnist_resnet20.py \
         --workdir=runs/fashion_mnist
 
-Measured on the 10,000 test images: teacher 93.21; student 93.04 with seed 0;
-179 to 238 s on two cores, compilation included.
+Measured on the 10,000 test images: teacher 93.21; student 92.77, 93.01, 92.91
+with seeds 0 to 2; 137 s on two cores (AVX-512), compilation included.
 """
 
 from clusterq_jax import config as config_lib
