@@ -1,7 +1,8 @@
 """Turns a teacher's weights into the project's own file, once.
 
     python -m clusterq_jax.convert --arch=resnet18 --input=resnet18.pth \
-        --output=resnet18.safetensors [--mean=0.485,0.456,0.406 ...]
+        --output=resnet18.safetensors [--mean=0.485,0.456,0.406 ...] \
+        [--entry=model_ema] [--class_names=names.txt]
 
 The source's layout is recognised; what it maps, and what not, is printed. The
 output also says what input the weights expect, so that no config needs to.
@@ -20,6 +21,9 @@ from clusterq_jax.models import registry
 
 _ARCH = flags.DEFINE_enum('arch', None, registry.names(), 'Architecture.')
 _INPUT = flags.DEFINE_string('input', None, 'Weights file to read.')
+_ENTRY = flags.DEFINE_string(
+  'entry', '', 'Dictionary in the file to read, say model_ema; else what fits.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'New .safetensors file.')
 _SIZE = flags.DEFINE_list('image_size', None, 'Height,width.')
 _MEAN = flags.DEFINE_list('mean', None, 'Of each channel.')
@@ -36,6 +40,7 @@ def convert(
   source: str,
   output: str,
   class_names: tuple[str, ...] = (),
+  entry: str = '',
   **preprocessing,
 ) -> str:
   """Reads weights in any layout that is known for `arch`; writes our own.
@@ -45,6 +50,7 @@ def convert(
     source: weights file.
     output: file to write, .safetensors.
     class_names: one per class, or none.
+    entry: of the source, see `weights.load`.
     **preprocessing: fields of `data.Preprocessing`; None: by convention.
 
   Returns:
@@ -58,14 +64,17 @@ def convert(
     raise InputError(f'--output={output}: expected a name in .safetensors')
   if target.exists():
     raise InputError(f'--output={output}: exists; remove it, or name another')
-  loaded = weights_lib.load(source, arch)
+  loaded = weights_lib.load(source, arch, entry)
   report = [loaded.report, 'Nothing is missing and nothing left over.']
+  report += loaded.notes
   if class_names and len(class_names) != loaded.options['num_classes']:
     raise InputError(
       f'--class_names: {len(class_names)} names; {source} has '
       f'{loaded.options["num_classes"]} classes'
     )
-  expected, assumed = teacher.expected_input(arch, loaded, preprocessing)
+  expected, assumed = teacher.expected_input(
+    source, arch, loaded, preprocessing, '--'
+  )
   unknown = [
     name for name in ('image_size', 'mean', 'std') if name not in expected
   ]
@@ -115,11 +124,9 @@ def main(argv: list[str]) -> int:
       'pixel_range': _RANGE.value,
       'channel_order': _ORDER.value,
     }
-    names: tuple[str, ...] = ()
-    if _CLASSES.value:
-      names = tuple(pathlib.Path(_CLASSES.value).read_text().splitlines())
+    names = _class_names(_CLASSES.value) if _CLASSES.value else ()
     arch, source, output = map(_required, (_ARCH, _INPUT, _OUTPUT))
-    print(convert(arch, source, output, names, **given))
+    print(convert(arch, source, output, names, _ENTRY.value, **given))
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
@@ -127,6 +134,18 @@ def main(argv: list[str]) -> int:
     print(f'error: {e.filename}: {e.strerror or e}', file=sys.stderr)
     return 2
   return 0
+
+
+def _class_names(path: str) -> tuple[str, ...]:
+  """The lines of a UTF-8 file, with or without a byte order mark."""
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError as e:
+    raise InputError(
+      f'--class_names={path}: byte {e.start} is {e.object[e.start]:#04x}: '
+      'expected a text file in UTF-8, with a class name in each line'
+    ) from e
+  return tuple(line.strip() for line in text.rstrip().splitlines())
 
 
 def _required(flag) -> str:

@@ -1,6 +1,7 @@
 """From a config to the objects of a run; nothing below reads a config."""
 
 import functools
+import sys
 
 import jax.numpy as jnp
 import ml_collections
@@ -17,10 +18,14 @@ from clusterq_jax.steps import LossWeights, Steps
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> teacher_lib.Teacher:
-  """The teacher that `config.teacher` names."""
+  """The teacher that `config.teacher` names; prints notes on its weights."""
   t = config.teacher.to_dict()
   path = t.pop('weights')
-  return teacher_lib.load(path=path, **t)
+  teacher = teacher_lib.load(path=path, **t)
+  if sharding.is_lead():
+    for note in teacher.notes:
+      print(note, file=sys.stderr)
+  return teacher
 
 
 def bits_of(config: ml_collections.ConfigDict) -> plan_lib.Bits:

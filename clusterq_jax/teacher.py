@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -35,7 +34,7 @@ class Teacher:
     num_classes: K, read off the classifier.
     options: the architecture's fields, read off the weights.
     class_names: K names, or ().
-    report: what the weights file held.
+    notes: what the user should know before relying on the weights.
   """
 
   build: registry.Builder
@@ -45,13 +44,14 @@ class Teacher:
   num_classes: int
   options: dict[str, Any]
   class_names: tuple[str, ...]
-  report: str
+  notes: tuple[str, ...]
 
 
 def load(
   arch: str,
   path: str,
   hint: str = '',
+  entry: str = '',
   num_classes: int | None = None,
   **preprocessing: Any,
 ) -> Teacher:
@@ -62,6 +62,7 @@ def load(
     path: weights file, or 'embedded'.
     hint: how to get the file, for the error when it is not there; '': as is
       usual for the architecture.
+    entry: of the file, see `weights.load`.
     num_classes: what the config expects; None takes what the file has.
     **preprocessing: fields of `Preprocessing`; None means that the file's
       metadata say it.
@@ -75,7 +76,7 @@ def load(
     raise InputError(
       f'teacher.weights: no file {path}' + f'; {hint}' * bool(hint)
     )
-  loaded = weights_lib.load(str(file), arch)
+  loaded = weights_lib.load(str(file), arch, entry)
   options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
   classes = int(loaded.options['num_classes'])
   if num_classes is not None and num_classes != classes:
@@ -95,42 +96,105 @@ def load(
     num_classes=classes,
     options=options,
     class_names=_class_names(path, loaded),
-    report=loaded.report,
+    notes=loaded.notes,
   )
 
 
+class ExpectedInput(NamedTuple):
+  """What weights expect of their input.
+
+  Attributes:
+    values: checked, by field of `Preprocessing`; fields that nothing tells are
+      missing.
+    assumed: fields whose values are only usual for the architecture.
+  """
+
+  values: dict[str, Any]
+  assumed: list[str]
+
+
 def expected_input(
-  arch: str, loaded: weights_lib.Loaded, given: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-  """What weights expect, by field of `Preprocessing`.
+  path: str,
+  arch: str,
+  loaded: weights_lib.Loaded,
+  given: Mapping[str, Any],
+  given_as: str = 'config.teacher.',
+) -> ExpectedInput:
+  """What weights expect: as given, else as the file says, else as is usual.
 
-  What is given goes over what the file says, and that over what is usual for
-  the architecture.
+  Args:
+    path: of the weights.
+    arch: name of the architecture.
+    loaded: the weights.
+    given: by field of `Preprocessing`; None is not given.
+    given_as: what stands before a field's name where it was given.
 
-  Returns:
-    The values, and the names of those that are only usual. A field that
-    nothing says is missing.
+  Raises:
+    InputError: a value that cannot be meant; it names where that comes from.
   """
   values: dict[str, Any] = {}
+  origins: dict[str, str] = {}
   assumed = []
   usual = registry.architecture(arch).preprocessing
-  for field in dataclasses.fields(Preprocessing):
-    name = field.name
+  for name in (field.name for field in dataclasses.fields(Preprocessing)):
+    origins[name] = f'{path}: {name}'
     if given.get(name) is not None:
       values[name] = given[name]
+      origins[name] = f'{given_as}{name}'
     elif name in loaded.metadata:
       raw = loaded.metadata[name]
-      values[name] = raw if name == 'channel_order' else _json(raw)
+      values[name] = raw if name == 'channel_order' else _json(path, name, raw)
     elif name in usual:
       values[name] = usual[name]
       assumed.append(name)
-  return values, assumed
+  _check_input(values, origins, int(loaded.options['in_channels']))
+  return ExpectedInput(values, assumed)
+
+
+def _check_input(
+  values: dict[str, Any], origins: Mapping[str, str], channels: int
+) -> None:
+  """Refuses what no image or network could have; makes tuples of lists."""
+
+  def refuse(name: str, expected: str) -> NoReturn:
+    raise InputError(f'{origins[name]}={values[name]!r}: expected {expected}')
+
+  white = values.get('pixel_range', 1.0)
+  if not _are_numbers([white]) or not white > 0:
+    refuse('pixel_range', 'the value of white, 1 or 255')
+  if values.get('channel_order', 'rgb') not in _ORDERS:
+    refuse('channel_order', f'one of {", ".join(_ORDERS)}')
+  if 'image_size' in values:
+    size = values['image_size']
+    if not (
+      _are_numbers(size)
+      and len(size) == 2
+      and all(isinstance(n, int) and 0 < n < _LARGEST for n in size)
+    ):
+      refuse('image_size', 'height and width')
+    values['image_size'] = tuple(size)
+  for name in ('mean', 'std'):
+    if name not in values:
+      continue
+    if not _are_numbers(values[name]) or len(values[name]) != channels:
+      refuse(
+        name, f'{channels} number(s), one for each input channel of the weights'
+      )
+    values[name] = tuple(values[name])
+    if name == 'std' and not all(value > 0 for value in values[name]):
+      refuse(name, 'positive numbers')
+    if name == 'mean' and not all(0 <= m <= white for m in values[name]):
+      refuse(
+        name,
+        f'numbers from 0 to {white:g}, which is pixel_range, the value of a '
+        'white pixel before mean and std',
+      )
 
 
 def _preprocessing(
   path: str, arch: str, loaded: weights_lib.Loaded, given: Mapping
 ) -> Preprocessing:
-  values, _ = expected_input(arch, loaded, given)
+  values, _ = expected_input(path, arch, loaded, given)
   for field in dataclasses.fields(Preprocessing):
     if field.name not in values and field.default is dataclasses.MISSING:
       raise InputError(
@@ -138,36 +202,7 @@ def _preprocessing(
         f'config.teacher.{field.name} (and image_size, mean, std, '
         'pixel_range, channel_order where they differ from the defaults)'
       )
-  channels = int(loaded.options['in_channels'])
-  for name in ('image_size', 'mean', 'std'):
-    if not _are_numbers(values[name]):
-      raise InputError(f'{path}: {name}={values[name]!r}: expected numbers')
-    values[name] = tuple(values[name])
-  result = Preprocessing(**values)
-  if len(result.image_size) != 2 or not all(
-    isinstance(n, int) and 0 < n < _LARGEST for n in result.image_size
-  ):
-    raise InputError(
-      f'{path}: image_size={result.image_size}: expected height and width'
-    )
-  if not _are_numbers([result.pixel_range]) or result.pixel_range <= 0:
-    raise InputError(
-      f'{path}: pixel_range={result.pixel_range!r}: expected the value of '
-      'white, 1 or 255'
-    )
-  if result.channel_order not in _ORDERS:
-    raise InputError(
-      f'{path}: channel_order={result.channel_order!r}: expected one of '
-      f'{", ".join(_ORDERS)}'
-    )
-  if len(result.mean) != channels or len(result.std) != channels:
-    raise InputError(
-      f'teacher.mean and teacher.std have {len(result.mean)} and '
-      f'{len(result.std)} values; {path} takes {channels} channels'
-    )
-  if not all(math.isfinite(s) and s > 0 for s in result.std):
-    raise InputError(f'teacher.std={result.std}: expected positive numbers')
-  return result
+  return Preprocessing(**values)
 
 
 def _check_image_size(
@@ -194,9 +229,14 @@ def _check_image_size(
 
 
 def _class_names(path: str, loaded: weights_lib.Loaded) -> tuple[str, ...]:
-  found = _json(loaded.metadata.get('class_names', '[]'))
+  found = _json(path, 'class_names', loaded.metadata.get('class_names', '[]'))
   if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
     raise InputError(f'{path}: class_names={found!r}: expected a list of names')
+  if found and len(found) != loaded.options['num_classes']:
+    raise InputError(
+      f'{path}: class_names has {len(found)} names; the classifier has '
+      f'{loaded.options["num_classes"]} classes'
+    )
   return tuple(found)
 
 
@@ -209,8 +249,10 @@ def _are_numbers(values: Any) -> bool:
   )
 
 
-def _json(raw: str) -> Any:
+def _json(path: str, key: str, raw: str) -> Any:
   try:
     return json.loads(raw)
   except (ValueError, RecursionError) as e:
-    raise InputError(f'unreadable metadata {raw[:100]!r}: {e}') from e
+    raise InputError(
+      f'{path}: metadata {key} is {raw[:100]!r}: expected JSON ({e})'
+    ) from e

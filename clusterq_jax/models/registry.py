@@ -1,6 +1,7 @@
 """Architectures by name, what is usual for weights of each, and yours."""
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,6 +112,14 @@ _ARCHITECTURES = {
 }
 
 
+# For who has another network, or another name for it.
+HOW_TO_BRING_YOUR_OWN = (
+  f'supported networks are {", ".join(_ARCHITECTURES)}; for any other, bring '
+  'your own: configs/README.md shows how to describe it; and import first the '
+  'file that registers it'
+)
+
+
 def names(family: str | None = None) -> tuple[str, ...]:
   """All architectures, or those of a family."""
   return tuple(
@@ -127,9 +136,11 @@ def architecture(arch: str) -> Architecture:
     InputError: there is none.
   """
   if arch not in _ARCHITECTURES:
+    close = difflib.get_close_matches(arch, names(), n=3)
     raise InputError(
-      f'no network {arch!r} is known; expected one of {", ".join(names())}; or '
-      'import first the file that registers it'
+      f'no network {arch!r} is known'
+      + (f'; did you mean {" or ".join(close)}?' if close else '')
+      + f'; {HOW_TO_BRING_YOUR_OWN}'
     )
   return _ARCHITECTURES[arch]
 

@@ -1,13 +1,16 @@
 """Weight files as dictionaries of numpy arrays, read without running them.
 
-Reads `.safetensors`, `.npz`, and torch checkpoints (`.th`, `.pt`, `.pth`) with
+Reads safetensors and npz files, and torch checkpoints with
 `torch.load(weights_only=True)`; torch is optional and needed for those alone.
-Writes `.safetensors`. Every fault of a file ends in an `InputError`.
+A file's first bytes tell which of the three it is; where they do not, its name
+does. Writes `.safetensors`. Every fault of a file ends in an `InputError`.
 
 Left out: pickles that need more than tensors, TorchScript, and any knowledge of
 what the tensors mean, which is `layouts`' part.
 """
 
+import collections
+import dataclasses
 import json
 import os
 import pickletools
@@ -23,9 +26,10 @@ import safetensors.numpy
 
 from clusterq_jax.errors import InputError, check_archive, check_size
 
-TORCH_SUFFIXES = ('.th', '.pt', '.pth')
-_EXPECTED = 'expected .safetensors, .npz, .th, .pt or .pth'
-_WRAPPERS = ('state_dict', 'model')
+_TORCH_SUFFIXES = ('.th', '.pt', '.pth', '.tar', '.ckpt', '.bin')
+_EXPECTED = 'expected .safetensors, .npz, .th, .pt, .pth, .tar, .ckpt or .bin'
+_DEPTH = 8  # of dictionaries within dictionaries
+_LARGEST_HEADER = 2**27  # bytes, of a safetensors file
 _FLOATS = ('F16', 'BF16', 'F32', 'F64')
 _MAGIC = (
   (b'PK', 'a damaged or truncated zip archive, or a zip of something else'),
@@ -44,62 +48,163 @@ def names(entries: Iterable[str], limit: int = 5) -> str:
   return ', '.join(shown + ['...'] * (len(entries) > limit))
 
 
-def read_tensors(
-  path: str | os.PathLike[str],
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Reads every tensor of a weight file.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One dictionary of tensors in a file; a checkpoint may hold several.
 
-  A `state_dict` or `model` wrapper and a `module.` prefix common to all keys
-  are removed, `num_batches_tracked` counters dropped.
+  Attributes:
+    path: of the file.
+    name: the keys that lead to it, joined with '.'; '' is the file itself.
+    values: its tensors by key, as numpy or torch arrays.
+    foreign: what else it holds, 'key (type)'.
+  """
+
+  path: str
+  name: str
+  values: Mapping[str, Any]
+  foreign: tuple[str, ...] = ()
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor; counters, which count steps, are left out."""
+    return {
+      key: tuple(value.shape)
+      for key, value in self.values.items()
+      if not _is_counter(key, value)
+    }
+
+  def read(self) -> dict[str, np.ndarray]:
+    """The tensors: floating-point ones as float32, counters left out.
+
+    Raises:
+      InputError: it holds something that is not a dense, finite tensor.
+    """
+    tensors = {}
+    if self.foreign:
+      raise InputError(
+        f'{self.path}: {len(self.foreign)} entries are not tensors '
+        f'({names(self.foreign)}), expected a state dict'
+      )
+    # A view can repeat the few numbers of its storage any number of times.
+    sizes = [int(np.prod(v.shape, dtype=object)) for v in self.values.values()]
+    check_size(self.path, sum(4 * size for size in sizes))
+    for key, value in self.values.items():
+      if _is_counter(key, value):
+        continue
+      if not isinstance(value, np.ndarray):
+        value = _from_torch(self.path, key, value)
+      bad = int(np.size(value) - np.isfinite(value).sum())
+      if bad:
+        raise InputError(
+          f'{self.path}: tensor {names([key])} has {bad} NaN or infinite '
+          f'value(s) of {value.size} in float32, expected finite numbers'
+        )
+      tensors[key] = value
+    return tensors
+
+
+def _is_counter(key: str, value: Any) -> bool:
+  """Batches of BatchNorm, and steps of averaged models: whole scalars."""
+  whole = isinstance(value, np.ndarray) and value.dtype.kind in 'biu'
+  if not isinstance(value, np.ndarray):
+    whole = not value.is_floating_point()
+  return key.endswith('num_batches_tracked') or (
+    whole and len(value.shape) == 0
+  )
+
+
+def shared_prefix(keys: Iterable[str]) -> str:
+  """The first part of the keys, 'module.', if they all begin with it."""
+  first = {key.partition('.')[0] for key in keys if '.' in key}
+  if len(first) != 1 or not all('.' in key for key in keys):
+    return ''
+  return f'{first.pop()}.'
+
+
+def read_entries(
+  path: str | os.PathLike[str],
+) -> tuple[list[Entry], dict[str, str]]:
+  """Reads a file and finds every dictionary of tensors in it.
 
   Args:
-    path: a `.safetensors`, `.npz`, `.th`, `.pt` or `.pth` file.
+    path: a safetensors or npz file, which hold one, or a torch checkpoint.
 
   Returns:
-    The tensors by name, in the file's shapes: floating-point ones as float32,
-    the others in their own type. And the metadata of a safetensors header,
-    empty for the other formats.
+    The entries, at least one, in the file's order. And the metadata of a
+    safetensors header, empty for the other formats.
 
   Raises:
-    InputError: the file is missing, empty, damaged, of another format, would
-      run code when opened, or holds something that is not a finite tensor.
+    InputError: the file is missing, empty, damaged, of another format, or
+      would run code when opened.
   """
   path = os.fspath(path)
-  suffix = os.path.splitext(path)[1].lower()
   if os.path.isdir(path):
     raise InputError(f'{path}: a directory, {_EXPECTED}')
   if not os.path.exists(path):
     raise InputError(f'{path}: no such file, {_EXPECTED}')
-  if suffix not in (*TORCH_SUFFIXES, '.safetensors', '.npz'):
-    found = f'extension {suffix!r}' if suffix else 'no extension'
-    raise InputError(f'{path}: {found}, {_EXPECTED}')
   try:
     with open(path, 'rb') as file:
       head = file.read(64)
   except OSError as error:
     raise InputError(f'{path}: cannot be read: {error.strerror}') from error
+  kind = _kind(path, head)
   if not head:
     raise InputError(f'{path}: an empty file (0 bytes), expected tensors')
-  if suffix == '.safetensors':
+  metadata: dict[str, str] = {}
+  if kind == 'safetensors':
     tensors, metadata = _read_safetensors(path, head)
-  elif suffix == '.npz':
-    tensors, metadata = _read_npz(path), {}
+    entries = [Entry(path, '', tensors)]
+  elif kind == 'npz':
+    entries = [Entry(path, '', _read_npz(path))]
   else:
-    tensors, metadata = _read_torch(path, head), {}
-  if not tensors:
+    entries = _read_torch(path, head)
+  if not any(entry.values for entry in entries):
     raise InputError(f'{path}: holds no tensors')
-  if all(key.startswith('module.') for key in tensors):
-    tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
-  tensors = {
-    k: v for k, v in tensors.items() if not k.endswith('num_batches_tracked')
-  }
-  for key, value in tensors.items():
-    bad = int(np.size(value) - np.isfinite(value).sum())
-    if bad:
-      raise InputError(
-        f'{path}: tensor {names([key])} has {bad} NaN or infinite value(s) '
-        f'of {value.size} in float32, expected finite numbers'
-      )
+  return entries, metadata
+
+
+def _kind(path: str, head: bytes) -> str:
+  """'safetensors', 'npz' or 'torch': by content, else by name."""
+  suffix = os.path.splitext(path)[1].lower()
+  size = int.from_bytes(head[:8], 'little')
+  if head[8:9] == b'{' and 0 < size < _LARGEST_HEADER:
+    return 'safetensors'
+  if head.startswith(b'PK') and zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as archive:
+      members = archive.namelist()
+    if any(name.endswith('data.pkl') for name in members):
+      return 'torch'
+    if members and all(name.endswith('.npy') for name in members):
+      return 'npz'
+  if suffix in ('.safetensors', '.npz'):
+    return suffix[1:]
+  if suffix not in _TORCH_SUFFIXES:
+    found = f'extension {suffix!r}' if suffix else 'no extension'
+    raise InputError(f'{path}: {found}, {_EXPECTED}')
+  return 'torch'
+
+
+def read_tensors(
+  path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads every tensor of a file with one dictionary of tensors.
+
+  The prefix that all keys share is removed: 'module.', '_orig_mod.'.
+
+  Args:
+    path: as in `read_entries`; of several entries the first is read.
+
+  Returns:
+    The tensors by name, in the file's shapes: floating-point ones as float32,
+    the others in their own type. And the metadata, see `read_entries`.
+
+  Raises:
+    InputError: see `read_entries` and `Entry.read`.
+  """
+  entries, metadata = read_entries(path)
+  tensors = entries[0].read()
+  while prefix := shared_prefix(tensors):
+    tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
   return tensors, metadata
 
 
@@ -244,7 +349,7 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
   }
 
 
-def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
+def _read_torch(path: str, head: bytes) -> list[Entry]:
   try:
     import torch
   except ImportError as error:
@@ -260,9 +365,10 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
     )
   try:
     _check_pickle(path, head)
-    with warnings.catch_warnings():
+    # A file, not its name: torch goes by the suffix of a name.
+    with warnings.catch_warnings(), open(path, 'rb') as file:
       warnings.simplefilter('ignore')
-      data = torch.load(path, map_location='cpu', weights_only=True)
+      data = torch.load(file, map_location='cpu', weights_only=True)
   except InputError:
     raise
   except Exception as error:  # Damaged contents raise nearly anything.
@@ -278,37 +384,50 @@ def _read_torch(path: str, head: bytes) -> dict[str, np.ndarray]:
         f'{path}: found a TorchScript program, expected a state dict'
       ) from error
     _foreign(path, head, 'a torch checkpoint', error)
-  for wrapper in _WRAPPERS:
-    if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
-      data = data[wrapper]
-      break
   if not isinstance(data, Mapping):
     kind = type(data).__name__
     raise InputError(f'{path}: found a {kind}, expected a dict of tensors')
-  foreign = [
-    f'{key} ({type(value).__name__})'
-    for key, value in data.items()
-    if not (isinstance(key, str) and isinstance(value, torch.Tensor))
-  ]
-  if foreign:
+  return _entries(path, data)
+
+
+def _entries(path: str, data: Mapping[Any, Any]) -> list[Entry]:
+  """Every dictionary in `data` with tensors under names."""
+  import torch
+
+  found = []
+  seen = {id(data)}  # a pickle can hold itself
+  queue: collections.deque[tuple[tuple[str, ...], Mapping]] = collections.deque(
+    [((), data)]
+  )
+  while queue:
+    keys, group = queue.popleft()
+    values, foreign = {}, []
+    for key, value in group.items():
+      if isinstance(value, Mapping):
+        if id(value) not in seen and len(keys) < _DEPTH:
+          seen.add(id(value))
+          queue.append(((*keys, str(key)), value))
+      elif isinstance(key, str) and isinstance(value, torch.Tensor):
+        values[key] = value
+      else:
+        foreign.append(f'{key} ({type(value).__name__})')
+    if values:
+      found.append(Entry(path, '.'.join(keys), values, tuple(foreign)))
+  return found
+
+
+def _from_torch(path: str, key: str, value: Any) -> np.ndarray:
+  import torch
+
+  try:
+    if value.is_floating_point():
+      value = value.to(torch.float32)
+    return value.detach().numpy()
+  except (RuntimeError, TypeError, NotImplementedError) as error:
     raise InputError(
-      f'{path}: {len(foreign)} entries are not tensors ({names(foreign)}), '
-      f'expected a state dict'
-    )
-  # A view can repeat the few numbers of its storage any number of times.
-  check_size(path, sum(4 * value.numel() for value in data.values()))
-  tensors = {}
-  for key, value in data.items():
-    try:
-      if value.is_floating_point():
-        value = value.to(torch.float32)
-      tensors[key] = value.detach().numpy()
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-      raise InputError(
-        f'{path}: tensor {names([key])} is {value.dtype}, {value.layout}, '
-        f'expected a dense float tensor'
-      ) from error
-  return tensors
+      f'{path}: tensor {names([key])} is {value.dtype}, {value.layout}, '
+      f'expected a dense float tensor'
+    ) from error
 
 
 def _check_pickle(path: str, head: bytes) -> None:

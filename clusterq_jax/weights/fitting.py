@@ -3,13 +3,17 @@
 What a file must hold is read off the architecture's own definition, given a few
 facts found in the file (input channels, classes, kind of shortcut); whatever is
 missing, left over or of another shape is reported in one line.
+
+A checkpoint wraps its state dict in various ways, so the rule is: the weights
+are the dictionary of tensors that fits the architecture exactly, with prefixes
+that all its keys share removed.
 """
 
 import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +26,9 @@ from clusterq_jax.models import registry
 from clusterq_jax.weights import files, layouts
 
 FORMAT = 'clusterq-jax teacher 1'
+CHANNELS = (1, 3)
+# Entries that come first where several fit.
+_USUAL = ('', 'state_dict', 'model')
 # As timm, pytorchcv, torchvision and PyPI `efficientnet-pytorch` call it.
 _SQUEEZE = re.compile(r'(^|\.)(_?se|_?se_\w+)\.|\.block\.\d+\.fc1\.')
 
@@ -37,6 +44,7 @@ class Loaded:
     metadata: the strings in the file's header.
     layout: the name of the source's layout.
     report: one paragraph for the log.
+    notes: what the user should know before relying on these weights.
   """
 
   variables: dict[str, dict[str, dict[str, np.ndarray]]]
@@ -44,25 +52,151 @@ class Loaded:
   metadata: dict[str, str]
   layout: str
   report: str
+  notes: tuple[str, ...] = ()
 
 
-def load(path: str | os.PathLike[str], arch: str) -> Loaded:
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+  """An entry of the file, and what is removed from the front of its keys."""
+
+  entry: files.Entry
+  prefix: str
+  layout: layouts.Layout
+  keys: tuple[str, ...]
+
+  @property
+  def matches(self) -> int:
+    return self.layout.matches(self.keys)
+
+
+def load(path: str | os.PathLike[str], arch: str, entry: str = '') -> Loaded:
   """Reads the weights of one architecture and refuses all that does not fit.
 
   Args:
-    path: a file that `files.read_tensors` takes.
+    path: a file that `files.read_entries` takes.
     arch: a name from `models.registry`.
+    entry: the name of the dictionary in the file to read, 'model_ema'; '': the
+      one that fits.
 
   Raises:
-    InputError: an unknown architecture, an unreadable file, entries missing,
-      left over or of another shape, no BatchNorm statistics, or a negative
-      variance.
+    InputError: an unknown architecture, an unreadable file, no such entry,
+      tensors missing, left over or of another shape, no BatchNorm statistics, a
+      negative variance, or a number of channels or classes that is not
+      supported.
   """
   path = os.fspath(path)
   known = layouts.known(arch)
-  tensors, metadata = files.read_tensors(path)
-  _check_kind(path, tensors)
-  layout = max(known, key=lambda layout: layout.matches(tensors))
+  entries, metadata = files.read_entries(path)
+  chosen, others = _choose(path, arch, known, entries, metadata, entry)
+  try:
+    loaded = _load(path, arch, known, chosen, metadata)
+  except InputError as e:
+    found = _description(entries, chosen)
+    raise InputError(f'{e}; {found}' if found else str(e)) from e
+  report, notes = loaded.report, list(loaded.notes)
+  if len(entries) > 1:
+    left = [other.name for other in entries if other is not chosen.entry]
+    report += (
+      f' Taken is the entry {chosen.entry.name!r}; not taken: '
+      f'{files.names(name or "tensors at the top level" for name in left)}.'
+    )
+  if others:
+    notes.append(
+      f'{path}: the weights are those of the entry {chosen.entry.name!r}; '
+      f'{files.names(others)} would fit as well (config.teacher.entry, or '
+      '--entry of clusterq_jax.convert, chooses).'
+    )
+  return dataclasses.replace(loaded, report=report, notes=tuple(notes))
+
+
+def _choose(
+  path: str,
+  arch: str,
+  known: tuple[layouts.Layout, ...],
+  entries: list[files.Entry],
+  metadata: Mapping[str, str],
+  entry: str,
+) -> tuple[_Candidate, list[str]]:
+  """The entry to read, and the names of others that fit as well."""
+  if entry:
+    found = [e for e in entries if e.name == entry]
+    if not found:
+      raise InputError(
+        f'{path}: no entry {entry!r} with tensors (config.teacher.entry, '
+        f'--entry); found {files.names(e.name or "the file" for e in entries)}'
+      )
+    entries = found
+  candidates = []
+  for found_entry in entries:
+    prefix, keys = '', list(found_entry.shapes)
+    while keys:
+      layout = max(known, key=lambda layout: layout.matches(keys))
+      candidates.append(_Candidate(found_entry, prefix, layout, tuple(keys)))
+      more = files.shared_prefix(keys)
+      if not more:
+        break
+      prefix, keys = prefix + more, [key.removeprefix(more) for key in keys]
+  if not candidates:
+    raise InputError(f'{path}: holds no tensors but counters')
+  fitting: dict[str, _Candidate] = {}
+  for candidate in candidates:
+    if candidate.matches and _fits(arch, candidate, metadata):
+      fitting.setdefault(candidate.entry.name, candidate)
+  if not fitting:
+    return max(candidates, key=lambda c: (c.matches, len(c.keys))), []
+  names = sorted(fitting, key=lambda name: name not in _USUAL)
+  return fitting[names[0]], names[1:]
+
+
+def _fits(
+  arch: str, candidate: _Candidate, metadata: Mapping[str, str]
+) -> bool:
+  """Whether the shapes are those of the architecture; reads no numbers."""
+  shapes = candidate.entry.shapes.values()
+  tensors: Mapping[str, np.ndarray] = {
+    key: np.broadcast_to(np.float32(0), shape)
+    for key, shape in zip(candidate.keys, shapes, strict=True)
+  }
+  layout = candidate.layout
+  if layout.conv_classifier:
+    tensors = _as_dense(layout, tensors)
+  in_channels, options = _options(arch, layout, tensors, metadata)
+  layers = layers_of(registry.architecture(arch), in_channels, **options)
+  return not any(_differences(layout, layers, tensors))
+
+
+def _description(entries: list[files.Entry], chosen: _Candidate) -> str:
+  """What a file that does not fit holds, where that may explain it."""
+  parts = []
+  if len(entries) > 1:
+    parts.append(
+      'the file holds '
+      + ', '.join(
+        f'{len(entry.values)} tensors '
+        + (f'in the entry {entry.name!r}' if entry.name else 'at the top level')
+        for entry in entries[:4]
+      )
+    )
+  keys = chosen.entry.shapes
+  if prefix := files.shared_prefix(keys):
+    parts.append(f'all keys start with {files.names([prefix])}')
+  return '; '.join(parts)
+
+
+def _load(
+  path: str,
+  arch: str,
+  known: tuple[layouts.Layout, ...],
+  chosen: _Candidate,
+  metadata: dict[str, str],
+) -> Loaded:
+  """The weights of one candidate, checked."""
+  layout = chosen.layout
+  _check_kind(path, chosen.keys)
+  tensors: Mapping[str, np.ndarray] = {
+    key.removeprefix(chosen.prefix): value
+    for key, value in chosen.entry.read().items()
+  }
   if 2 * layout.matches(tensors) < len(tensors):
     raise InputError(
       f'{path}: found tensors of no layout known for {arch} '
@@ -79,6 +213,7 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
   if layout.torch_order:
     _check_order(path, layout, layers, tensors)
   _check(path, arch, layout, in_channels, options, tensors)
+  _check_supported(path, in_channels, options['num_classes'])
   variables: dict[str, dict[str, dict[str, np.ndarray]]] = {
     'params': {},
     'batch_stats': {},
@@ -110,6 +245,41 @@ def load(path: str | os.PathLike[str], arch: str) -> Loaded:
     metadata,
     layout.name,
     report,
+    _untrained(path, variables['batch_stats']),
+  )
+
+
+def _check_supported(
+  path: str, channels: int | None, classes: int | None
+) -> None:
+  """The one place that decides which inputs and outputs are supported."""
+  if channels not in CHANNELS:
+    raise InputError(
+      f'{path}: the weights take {channels} input channels; supported are '
+      'images of 1 (grey) or 3 (colour)'
+    )
+  if classes is None or classes < 2:
+    raise InputError(
+      f'{path}: the classifier has {classes} class; expected 2 or more'
+    )
+
+
+def _untrained(
+  path: str, statistics: Mapping[str, Mapping[str, np.ndarray]]
+) -> tuple[str, ...]:
+  """A note on BatchNorms whose statistics are those they began with."""
+  fresh = [
+    name
+    for name, layer in statistics.items()
+    if not layer['mean'].any() and (layer['var'] == 1).all()
+  ]
+  if not fresh:
+    return ()
+  return (
+    f'WARNING: {path}: {len(fresh)} of {len(statistics)} BatchNorm layers have '
+    f'mean 0 and variance 1 throughout ({files.names(fresh, 3)}), as before '
+    'any training. The method matches these statistics, so that it cannot work '
+    'without trained ones.',
   )
 
 
@@ -174,7 +344,7 @@ def _options(
     value = tensors.get(layout.key(layer, 'kernel'))
     if value is None or value.ndim != len(layer.kernel):
       return None
-    return layout.to_flax(value).shape[axis]
+    return layout.in_flax_order(value).shape[axis]
 
   graph = protocol.trace(registry.builder(arch, num_classes=1))
   first, last = graph.weighted[0], graph.weighted[-1]
@@ -200,18 +370,18 @@ def _options(
 
 
 def _supported() -> str:
-  return f'supported networks are {", ".join(registry.names())}'
+  return registry.HOW_TO_BRING_YOUR_OWN
 
 
-def _check_kind(path: str, tensors: Mapping[str, np.ndarray]) -> None:
+def _check_kind(path: str, keys: Sequence[str]) -> None:
   """Refuses what no network here has, or lacks what each has."""
-  if not any(re.search(r'(\.running_|/)mean$', key) for key in tensors):
+  if not any(re.search(r'(\.running_|^running_|/)mean$', key) for key in keys):
     raise InputError(
       f'{path}: found no BatchNorm statistics (no running_mean among '
-      f'{len(tensors)} tensors): group or layer normalisation, or none; the '
+      f'{len(keys)} tensors): group or layer normalisation, or none; the '
       f'method needs a teacher with BatchNorm statistics; {_supported()}'
     )
-  squeeze = [key for key in tensors if _SQUEEZE.search(key)]
+  squeeze = [key for key in keys if _SQUEEZE.search(key)]
   if squeeze:
     raise InputError(
       f'{path}: squeeze-and-excitation ({files.names(squeeze, 1)}) is not '

@@ -132,11 +132,15 @@ class Layout:
       return (shape[3], shape[2], shape[0], shape[1])
     return shape[::-1] if self.torch_order else shape
 
+  def in_flax_order(self, value: np.ndarray) -> np.ndarray:
+    """A view: [cout, cin/groups, kh, kw] as [kh, kw, cin/groups, cout], ..."""
+    if not self.torch_order:
+      return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
   def to_flax(self, value: np.ndarray) -> np.ndarray:
-    """[cout, cin/groups, kh, kw] -> [kh, kw, cin/groups, cout], and so on."""
-    if self.torch_order:
-      value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-    return np.ascontiguousarray(value)
+    """A copy in Flax's order."""
+    return np.ascontiguousarray(self.in_flax_order(value))
 
 
 def _place(block: int, stages: tuple[int, ...]) -> tuple[int, int]:
