@@ -9,6 +9,7 @@ import gzip
 import math
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,11 +23,6 @@ ASSETS = pathlib.Path(__file__).parent / 'assets'
 FASHION_MNIST_CLASSES = (
   'T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot'
 ).split()
-
-_IMAGE_FILES = {
-  'folder': image_files.read_folder,
-  'tfds': image_files.read_tfds,
-}
 
 
 class Images(NamedTuple):
@@ -168,6 +164,7 @@ def load(
   shape: tuple[int, int, int],
   num_classes: int,
   resize: int = 0,
+  class_names: Sequence[str] = (),
 ) -> Images | None:
   """Evaluation images as the config's `eval` section names them.
 
@@ -179,6 +176,7 @@ def load(
     num_classes: K; labels are 0..K-1.
     resize: of image files: length of the shorter side before the centre crop;
       0: as it is.
+    class_names: K names of classes, or none; folders may bear them.
 
   Returns:
     The images, or None for 'none'.
@@ -190,8 +188,13 @@ def load(
     return None
   if source == 'fashion_mnist':
     name, images = source, read_fashion_mnist(ASSETS, 't10k')
-  elif source in _IMAGE_FILES:
-    name, images = path, Images(*_IMAGE_FILES[source](path, shape, resize))
+  elif source == 'folder':
+    found = image_files.read_folder(
+      path, shape, resize, num_classes, class_names
+    )
+    name, images = path, Images(*found)
+  elif source == 'tfds':
+    name, images = path, Images(*image_files.read_tfds(path, shape, resize))
   else:
     name, images = path, read_npz(path)
   if images.images.shape[1:] != shape:

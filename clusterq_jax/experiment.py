@@ -146,4 +146,5 @@ def load_images(
     shape,
     teacher.num_classes,
     resize,
+    teacher.class_names,
   )

@@ -1,8 +1,8 @@
 """Labelled image files, decoded when they are looked at.
 
-Two layouts of a folder: a sub-folder of images per class, in the order of their
-names; or `labels.csv` with a header `file,label`, files relative to `images/`
-beside it or to the folder itself. Or a data set that TensorFlow Datasets has
+Two layouts of a folder: a sub-folder of images per class, see `_labels_of`; or
+`labels.csv` with a header `file,label`, files relative to `images/` in the
+folder or to the folder itself. Or a data set that TensorFlow Datasets has
 prepared as array_record, which is read without TensorFlow.
 
 Each image is made RGB (or grey), its shorter side resized, the centre cropped:
@@ -16,7 +16,8 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,24 @@ from PIL import Image
 
 from clusterq_jax.errors import InputError
 
-# Pillow's names of what the suffixes stand for. It goes by contents, and some
-# that it knows run programs: PostScript.
-_FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
+# Pillow's names of formats of pictures. It knows others too: some run programs
+# (PostScript), some hold no pictures.
+_FORMATS = tuple(
+  'AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF '
+  'WEBP XBM'.split()
+)
+SUFFIXES = frozenset(
+  suffix
+  for suffix, kind in Image.registered_extensions().items()
+  if kind in _FORMATS
+)
+# Grey values of 16 bits: their white is 65535, ours 255.
+_SIXTEEN_BITS = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 _PIXELS = 2**26  # of an image at most, before and after it is resized
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tiff', '.webp')
 _LABELS = 'labels.csv'
+# What operating systems and tools leave in folders.
+_SYSTEM = ('__MACOSX', '__pycache__', 'System Volume Information', 'lost+found')
+_SYSTEM_STARTS = ('.', '@', '$')
 _SPLITS = ('validation', 'test')  # ImageNet's test images have no labels
 
 
@@ -67,7 +80,7 @@ class ImageFiles:
     try:
       with Image.open(self.open(index), formats=_FORMATS) as file:
         _check_pixels(file.size)
-        image = file.convert('L' if channels == 1 else 'RGB')
+        image = _eight_bits(file).convert('L' if channels == 1 else 'RGB')
       if self.resize:
         scale = self.resize / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
@@ -87,6 +100,26 @@ class ImageFiles:
       return np.zeros((height, width, channels), np.uint8)
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+  """The image with values from 0 to 255: Pillow's own conversion clips them.
+
+  Raises:
+    ValueError: nothing says which value is white.
+  """
+  # Pillow widens 16-bit grey of these formats to 32 bits.
+  widened = image.mode == 'I' and image.format in ('PNG', 'PPM')
+  if image.mode in _SIXTEEN_BITS or widened:
+    values = np.asarray(image).astype(np.float64)
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+  if image.mode in ('I', 'F'):
+    kind = {'I': 'whole numbers of 32 bits', 'F': 'floating-point numbers'}
+    raise ValueError(
+      f'its pixels are {kind[image.mode]}, and nothing says which value is '
+      'white; expected 8 or 16 bits'
+    )
+  return image
+
+
 def _check_pixels(size: tuple[int, int]) -> None:
   width, height = size
   if width * height > _PIXELS:
@@ -96,7 +129,11 @@ def _check_pixels(size: tuple[int, int]) -> None:
 
 
 def read_folder(
-  folder: str, shape: tuple[int, int, int], resize: int
+  folder: str,
+  shape: tuple[int, int, int],
+  resize: int,
+  num_classes: int,
+  class_names: Sequence[str] = (),
 ) -> tuple[ImageFiles, np.ndarray]:
   """The images of a folder and their labels, int32 [N].
 
@@ -104,9 +141,12 @@ def read_folder(
     folder: with class folders, or with labels.csv.
     shape: (H, W, C) to crop to.
     resize: see `ImageFiles`.
+    num_classes: K.
+    class_names: K names of classes, or none.
 
   Raises:
-    InputError: no such folder, or neither layout in it.
+    InputError: no such folder, neither layout in it, or class folders that
+      leave open which class they are.
   """
   root = pathlib.Path(folder)
   if not root.is_dir():
@@ -114,7 +154,7 @@ def read_folder(
   if (root / _LABELS).exists():
     paths, labels = _from_csv(root)
   else:
-    paths, labels = _from_classes(root)
+    paths, labels = _from_classes(root, num_classes, class_names)
   files = ImageFiles(
     paths.__getitem__,
     lambda index: str(paths[index]),
@@ -200,42 +240,123 @@ def _tfds_splits(name: str) -> dict[str, Any]:
   return splits
 
 
-def _from_classes(root: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
-  classes = sorted(path for path in root.iterdir() if path.is_dir())
-  found = [
-    (path, label)
-    for label, folder in enumerate(classes)
-    for path in sorted(folder.iterdir())
-    if path.suffix.lower() in SUFFIXES
+def _from_classes(
+  root: pathlib.Path, num_classes: int, class_names: Sequence[str]
+) -> tuple[list[pathlib.Path], list[int]]:
+  folders = sorted(
+    path
+    for path in root.iterdir()
+    if path.is_dir() and not _is_system(path.name)
+  )
+  files = [
+    [path for path in sorted(folder.iterdir()) if not _is_system(path.name)]
+    for folder in folders
   ]
-  if not found:
+  images = [
+    [path for path in found if path.suffix.lower() in SUFFIXES]
+    for found in files
+  ]
+  if not any(images):
     raise InputError(
       f'{root}: found no images; expected a sub-folder of images per class, or '
       f'{_LABELS} with the header file,label'
     )
-  return [path for path, _ in found], [label for _, label in found]
+  names = [folder.name for folder in folders]
+  labels, rule = _labels_of(root, names, num_classes, class_names)
+  others = [
+    path.name
+    for found, kept in zip(files, images, strict=True)
+    for path in sorted(set(found) - set(kept))
+  ]
+  if others:
+    rule += f'; passed over: {len(others)} files that are no images ('
+    rule += ', '.join(others[:3]) + ', ...' * (len(others) > 3) + ')'
+  print(f'{root}: {rule}', file=sys.stderr)
+  return (
+    [path for found in images for path in found],
+    [label for label, found in zip(labels, images, strict=True) for _ in found],
+  )
+
+
+def _is_system(name: str) -> bool:
+  return name in _SYSTEM or name.startswith(_SYSTEM_STARTS)
+
+
+def _labels_of(
+  root: pathlib.Path,
+  names: list[str],
+  num_classes: int,
+  class_names: Sequence[str],
+) -> tuple[list[int], str]:
+  """The label of each class folder, and the rule that gave it.
+
+  Names of classes decide; else numbers are labels; else the order counts, if
+  there is a folder for every class.
+
+  Raises:
+    InputError: none of the three rules applies.
+  """
+  number = {name: label for label, name in enumerate(class_names)}
+  unknown = [name for name in names if name not in number]
+  if class_names and not unknown and len(number) == len(class_names):
+    return [number[name] for name in names], (
+      'class folders are named as the classes of the weights file'
+    )
+  if all(name.isascii() and name.isdecimal() for name in names):
+    labels = [int(name) if len(name) < 10 else 10**9 for name in names]
+    wrong = [n for n, k in zip(names, labels, strict=True) if k >= num_classes]
+    if wrong:
+      raise InputError(
+        f'{root}: class folder {wrong[-1]!r}: expected numbers from 0 to '
+        f'{num_classes - 1}; labels count from 0, not from 1'
+      )
+    return labels, 'class folders are named by their labels'
+  if 0 < len(unknown) < len(names):
+    raise InputError(
+      f'{root}: class folder {unknown[0]!r} is no class of the weights file, '
+      f'but {len(names) - len(unknown)} others are; expected names of classes '
+      f'only ({", ".join(class_names[:3])}, ...)'
+    )
+  if len(names) != num_classes:
+    raise InputError(
+      f'{root}: {len(names)} class folders ({", ".join(names[:3])}, ...) for '
+      f'{num_classes} classes; expected one for each class, or folders named '
+      f'by their labels, 0 to {num_classes - 1}, or as the classes of the '
+      'weights file'
+    )
+  return list(range(num_classes)), (
+    f'class folders in the order of their names are labels 0 ({names[0]}) to '
+    f'{num_classes - 1} ({names[-1]})'
+  )
 
 
 def _from_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
   table = root / _LABELS
-  images = root / 'images'
-  base = images if images.is_dir() else root
+  bases = [path for path in (root / 'images', root) if path.is_dir()]
   paths, labels = [], []
-  with table.open(newline='', encoding='utf-8', errors='replace') as file:
-    rows = csv.DictReader(file)
+  # Spreadsheets write a byte order mark, and some semicolons or tabs.
+  with table.open(newline='', encoding='utf-8-sig', errors='replace') as file:
+    head = file.readline()
+    file.seek(0)
+    delimiter = max(',;\t', key=head.count)
+    rows = csv.DictReader(file, delimiter=delimiter)
     try:
-      if not {'file', 'label'} <= set(rows.fieldnames or ()):
+      columns = [name.strip().lower() for name in rows.fieldnames or ()]
+      if not {'file', 'label'} <= set(columns):
         raise InputError(
           f'{table}: columns are {rows.fieldnames}; expected file,label'
         )
+      rows.fieldnames = columns
       for row in rows:
         label = (row['label'] or '').strip()
-        if not row['file'] or not (label.isdecimal() and len(label) < 10):
+        name = (row['file'] or '').strip()
+        if not name or not (label.isdecimal() and len(label) < 10):
           raise InputError(
             f'{table}: line {rows.line_num}: file {row["file"]!r}, label '
             f'{label!r}; expected a file name and a class number'
           )
-        paths.append(base / row['file'])
+        places = [base / name for base in bases]
+        paths.append(next(filter(os.path.exists, places), places[0]))
         labels.append(int(label))
     except csv.Error as e:
       raise InputError(f'{table}: line {rows.line_num}: {e}') from e

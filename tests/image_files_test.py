@@ -63,10 +63,10 @@ def test_labels_csv(tmp_path, where):
 
 def test_resize_and_crop(tmp_path):
   pixels = _write(tmp_path / 'a' / '0.png', 0, size=(40, 24))
-  (found,) = _load(tmp_path, (16, 12, 3)).images[:1]
+  (found,) = _load(tmp_path, (16, 12, 3), 1).images[:1]
   np.testing.assert_array_equal(found, pixels[4:20, 14:26])
   # The shorter side becomes 12: 20 x 12, of which the centre.
-  (found,) = _load(tmp_path, (8, 8, 3), resize=12).images[:1]
+  (found,) = _load(tmp_path, (8, 8, 3), 1, resize=12).images[:1]
   small = Image.fromarray(pixels).resize((20, 12), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(found, np.asarray(small)[2:10, 6:14])
 
@@ -86,7 +86,7 @@ def test_usual_resize(arch, side, expected):
 
 
 def test_resize_unless_told(tmp_path, tiny_config):
-  pixels = _write(tmp_path / 'a' / '0.png', 0, size=(40, 24))
+  pixels = _write(tmp_path / '0' / '0.png', 0, size=(40, 24))
   tiny_config.eval.source = 'folder'
   tiny_config.eval.path = str(tmp_path)
   loaded = experiment.load_teacher(tiny_config)
@@ -102,7 +102,7 @@ def test_resize_unless_told(tmp_path, tiny_config):
 @pytest.mark.parametrize('channels', [1, 3])
 def test_modes(tmp_path, mode, channels):
   _write(tmp_path / 'a' / '0.png', 0, mode=mode)
-  (found,) = _load(tmp_path, (16, 16, channels)).images[:1]
+  (found,) = _load(tmp_path, (16, 16, channels), 1).images[:1]
   with Image.open(tmp_path / 'a' / '0.png') as file:
     expected = np.asarray(file.convert('L' if channels == 1 else 'RGB'))
   np.testing.assert_array_equal(found.squeeze(), expected.squeeze())
@@ -124,7 +124,9 @@ def test_unreadable_images_are_named_and_left_out(classes, capsys):
   assert found['student']['n'] == 3
   assert found['student']['top1'] == pytest.approx(200 / 3, abs=1e-3)
   assert found['student']['agreement'] == 0
-  lines = capsys.readouterr().err.splitlines()
+  first, *lines = capsys.readouterr().err.splitlines()
+  assert 'in the order of their names are labels 0 (ant) to 2 (cat)' in first
+  assert 'passed over: 1 files that are no images (notes.txt)' in first
   assert len(lines) == 4
   for name, line in zip(('ant/1', 'cat/0', 'cat/1'), lines, strict=False):
     assert f'{name}.png' in line
@@ -152,7 +154,9 @@ def test_nothing_can_be_read(tmp_path):
   (tmp_path / 'a').mkdir()
   (tmp_path / 'a' / '0.png').write_bytes(b'')
   with pytest.raises(InputError, match='none of the images'):
-    evaluation.on_images({'teacher': np.zeros_like}, _load(tmp_path), 4)
+    evaluation.on_images(
+      {'teacher': np.zeros_like}, _load(tmp_path, classes=1), 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,7 @@ def test_tfds_images_are_cropped_as_files_are(prepare, tmp_path):
   shape, resize = (8, 8, 3), 12
   np.testing.assert_array_equal(
     _load_tfds('mine', shape, resize).images[:],
-    _load(tmp_path / 'files', shape, resize=resize).images[:],
+    _load(tmp_path / 'files', shape, 1, resize).images[:],
   )
 
 
@@ -328,3 +332,127 @@ def test_missing_tfds(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
   with pytest.raises(InputError, match='pip install tensorflow-datasets'):
     _load_tfds('cifar10')
+
+
+# --- Which class a folder is -------------------------------------------------
+
+
+def _folders(root, names):
+  for i, name in enumerate(names):
+    _write(root / name / '0.png', i)
+
+
+@pytest.mark.parametrize(
+  ('folders', 'classes', 'class_names', 'labels', 'rule'),
+  [
+    # Sorted as text: 10 stands before 2.
+    (
+      [str(n) for n in range(12)],
+      12,
+      (),
+      [0, 1, 10, 11, *range(2, 10)],
+      'their labels',
+    ),
+    (['2', '5', '8'], 10, (), [2, 5, 8], 'by their labels'),
+    ([str(n) for n in range(1, 10)], 10, (), [*range(1, 10)], 'their labels'),
+    (['dog', 'ant'], 3, ('ant', 'cat', 'dog'), [0, 2], 'the weights file'),
+    (['1', '0'], 2, ('1', '0'), [1, 0], 'the weights file'),
+    (['b', 'a'], 2, (), [0, 1], 'labels 0 (a) to 1 (b)'),
+    (['b', 'a'], 2, ('x', 'y'), [0, 1], 'labels 0 (a) to 1 (b)'),
+    (
+      ['b', 'a', '.ipynb_checkpoints', '@eaDir', '__MACOSX', '$RECYCLE.BIN'],
+      2,
+      (),
+      [0, 1],
+      'labels 0 (a) to 1 (b)',
+    ),
+  ],
+)
+def test_labels_of_class_folders(
+  tmp_path, capsys, folders, classes, class_names, labels, rule
+):
+  _folders(tmp_path, folders)
+  found = data.load(
+    'folder', str(tmp_path), (16, 16, 3), classes, class_names=class_names
+  )
+  assert found.labels.tolist() == labels
+  (said,) = capsys.readouterr().err.splitlines()
+  assert rule in said
+
+
+@pytest.mark.parametrize(
+  ('folders', 'classes', 'class_names', 'expected'),
+  [
+    (['1', '10'], 10, (), "'10': expected numbers from 0 to 9.*not from 1"),
+    (['1', '9' * 99], 10, (), 'expected numbers from 0 to 9'),
+    (['a', 'b'], 3, (), '2 class folders .* for 3 classes'),
+    (['ant', 'x'], 2, ('ant', 'bee'), "'x' is no class of the weights file"),
+  ],
+)
+def test_class_folders_that_leave_it_open(
+  tmp_path, folders, classes, class_names, expected
+):
+  _folders(tmp_path, folders)
+  with pytest.raises(InputError, match=expected):
+    data.load(
+      'folder', str(tmp_path), (16, 16, 3), classes, class_names=class_names
+    )
+
+
+# --- Depth, formats and tables -----------------------------------------------
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tiff', 'pgm'])
+def test_sixteen_bits_are_scaled(tmp_path, suffix):
+  values = np.linspace(0, 65535, 256).reshape(16, 16)
+  path = tmp_path / 'a' / f'0.{suffix}'
+  path.parent.mkdir()
+  Image.fromarray(values.astype(np.uint16)).save(path)
+  (found,) = _load(tmp_path, (16, 16, 1), 1).images[:1]
+  np.testing.assert_array_equal(found.reshape(-1), np.arange(256))
+  (found,) = _load(tmp_path, (16, 16, 3), 1).images[:1]
+  np.testing.assert_array_equal(found[..., 1].reshape(-1), np.arange(256))
+
+
+def test_depths_without_a_defined_range_are_left_out(tmp_path, capsys):
+  (tmp_path / 'a').mkdir()
+  _write(tmp_path / 'a' / '0.png', 0)
+  pixels = np.full((16, 16), 0.5)
+  Image.fromarray(pixels.astype(np.float32)).save(tmp_path / 'a' / '1.tiff')
+  Image.fromarray(pixels.astype(np.int32)).save(tmp_path / 'a' / '2.tif')
+  found = _load(tmp_path, classes=1)
+  evaluation.on_images({'teacher': lambda x: np.zeros((len(x), 1))}, found, 4)
+  said = capsys.readouterr().err
+  assert '1.tiff: its pixels are floating-point numbers' in said
+  assert '2.tif: its pixels are whole numbers of 32 bits' in said
+  assert 'left out: 2 of 3 images' in said
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'kind'),
+  [('tif', 'TIFF'), ('pgm', 'PPM'), ('jfif', 'JPEG'), ('avif', 'AVIF')],
+)
+def test_what_pillow_reads_is_read(tmp_path, suffix, kind):
+  (tmp_path / 'a').mkdir()
+  image = Image.new('L', (16, 16), 77)
+  image.save(tmp_path / 'a' / f'0.{suffix}', kind)
+  (found,) = _load(tmp_path, (16, 16, 1), 1).images[:1]
+  assert abs(found.astype(int) - 77).max() <= 2
+
+
+@pytest.mark.parametrize(
+  'table',
+  [
+    b'\xef\xbb\xbffile,label\r\n0.png,0\r\n1.png,1\r\n',
+    b'file,label\n 0.png ,0\n1.png , 1\n',
+    b'file, label\nimages/0.png,0\nimages/1.png,1\n',
+    b'File;Label\n0.png;0\n1.png;1\n',
+    b'file,label\n0.png,0\nimages/1.png,1\n',
+  ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, table):
+  pixels = [_write(tmp_path / 'images' / f'{i}.png', i) for i in range(2)]
+  (tmp_path / 'labels.csv').write_bytes(table)
+  found = _load(tmp_path)
+  assert found.labels.tolist() == [0, 1]
+  np.testing.assert_array_equal(found.images[:2], pixels)
