@@ -8,7 +8,7 @@ library, from any folder.
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from ml_collections.config_dict import placeholder
@@ -34,31 +34,89 @@ _CHOICES = {
 }
 # Tuples of sizes; the others are of numbers of any kind.
 _SIZES = ('teacher.image_size', 'generator.channels', 'schedule.lr_boundaries')
-# Smallest value allowed.
-_AT_LEAST = {
-  'schedule.batch_size': 2,
-  'schedule.warmup_steps': 0,
-  'schedule.generator_steps': 0,
-  'schedule.joint_steps': 0,
-  'schedule.student_steps': 0,
-  'schedule.pool_batches': 0,
-  'schedule.procedural_batches': 0,
-  'schedule.range_steps': 0,
-  'centroids.images_per_class': 1,
-  'generator.latent_dim': 1,
-  'generator.prototypes': 0,
-  'eval.batch_size': 1,
-  'eval.synthetic_images': 2000,
-  'report.log_every': 1,
-  'report.trace_steps': 0,
-  'checkpoint_every': 1,
-  'schedule.lr_factor': 0.0,
-  'quant.headroom': 0.0,
-  'augment.adversarial': 0.0,
-  'generator.lr': 0.0,
-  'student.lr': 0.0,
-  'student.quant_lr': 0.0,
+
+
+class _Bounds(NamedTuple):
+  """Smallest and largest value of a number, or of each of several.
+
+  Attributes:
+    low: smallest.
+    high: largest, or, where `below`, what it stays below.
+    below: see `high`.
+  """
+
+  low: float
+  high: float
+  below: bool = False
+
+  def __contains__(self, value: object) -> bool:
+    assert isinstance(value, (int, float))
+    return self.low <= value <= self.high and not (
+      self.below and value == self.high
+    )
+
+  def __str__(self) -> str:
+    return f'{self.low:,} to {"below " * self.below}{self.high:,}'
+
+
+_SHARE = _Bounds(0, 1)
+_STEPS = _Bounds(0, 10**9)
+_WEIGHT = _Bounds(0, 10**6)
+_BITS = _Bounds(numerics.BITS[0], numerics.BITS[-1])
+# Every number has its own: beyond them nothing useful can be meant.
+_BOUNDS = {
+  'quant.weight_bits': _BITS,
+  'quant.activation_bits': _BITS,
+  'quant.first_weight_bits': _BITS,
+  'quant.last_weight_bits': _BITS,
+  'quant.headroom': _SHARE,
+  'seed': _Bounds(-(2**31), 2**31 - 1),
+  'checkpoint_every': _Bounds(1, 10**9),
+  'teacher.num_classes': _Bounds(2, 10**6),
+  'teacher.image_size': _Bounds(1, 2**15 - 1),
+  'teacher.mean': _Bounds(0, 65535),
+  'teacher.std': _Bounds(1e-6, 65535),
+  'teacher.pixel_range': _Bounds(1e-6, 65535),
+  'generator.latent_dim': _Bounds(1, 2**16),
+  'generator.channels': _Bounds(1, 2**14),
+  'generator.prototypes': _Bounds(0, 2**16),
+  'generator.lr': _Bounds(0, 10),
+  'generator.betas': _Bounds(0, 1, below=True),
+  'student.lr': _Bounds(0, 10),
+  'student.momentum': _Bounds(0, 1, below=True),
+  'student.weight_decay': _SHARE,
+  'student.quant_lr': _Bounds(0, 10),
+  'loss.statistics': _WEIGHT,
+  'loss.sfda': _WEIGHT,
+  'loss.diversity': _WEIGHT,
+  'loss.noise': _Bounds(0, 100),
+  'loss.student_cross_entropy': _WEIGHT,
+  'loss.distillation': _WEIGHT,
+  'loss.features': _WEIGHT,
+  'centroids.decay': _SHARE,
+  'centroids.first_layer': _Bounds(0, 10**5),
+  'centroids.images_per_class': _Bounds(1, 10**6),
+  'schedule.batch_size': _Bounds(2, 10**6),
+  'schedule.warmup_steps': _STEPS,
+  'schedule.generator_steps': _STEPS,
+  'schedule.joint_steps': _STEPS,
+  'schedule.student_steps': _STEPS,
+  'schedule.pool_batches': _Bounds(0, 10**6),
+  'schedule.procedural_batches': _Bounds(0, 10**6),
+  'schedule.lr_boundaries': _Bounds(1, 10**9),
+  'schedule.lr_factor': _SHARE,
+  'schedule.range_steps': _STEPS,
+  'augment.probability': _SHARE,
+  'augment.mixup': _SHARE,
+  'augment.adversarial': _Bounds(0, 10),
+  'eval.resize': _Bounds(0, 2**15),
+  'eval.batch_size': _Bounds(1, 10**6),
+  'eval.synthetic_images': _Bounds(2000, 10**9),
+  'report.log_every': _Bounds(1, 10**9),
+  'report.trace_steps': _STEPS,
 }
+# How many numbers, where that is fixed.
+_LENGTHS = {'loss.noise': 2, 'generator.betas': 2, 'teacher.image_size': 2}
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -282,35 +340,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'config.{field}={values[field]!r}: expected one of '
         f'{", ".join(choices)}'
       )
-  # Before what may follow from them.
-  for field, value in values.items():
-    if field.endswith('_bits') and value is not None:
-      if value not in numerics.BITS:
-        raise InputError(f'config.{field}={value}: expected 2 to 8')
-  for field, least in _AT_LEAST.items():
-    if not values[field] >= least:
-      raise InputError(
-        f'config.{field}={values[field]!r}: expected at least {least}'
-      )
-  if len(values['loss.noise']) != 2:
-    raise InputError(
-      f'config.loss.noise={values["loss.noise"]}: expected 2 numbers'
-    )
-  if len(values['generator.channels']) < 2:
-    raise InputError(
-      f'config.generator.channels={values["generator.channels"]}: expected 2 '
-      'or more numbers'
-    )
-  if not 0 <= values['centroids.decay'] <= 1:
-    raise InputError(
-      f'config.centroids.decay={values["centroids.decay"]}: expected 0 to 1'
-    )
+  _validate_numbers(values)
   _validate_schedule(config.schedule)
   if config.generator.workdir and config.schedule.joint_steps:
     raise InputError(
       f'config.generator.workdir={config.generator.workdir!r}: joint steps '
       'move generator and student together; expected '
       'config.schedule.joint_steps=0'
+    )
+
+
+def _validate_numbers(values: dict[str, Any]) -> None:
+  """Refuses numbers out of bounds; bits first, since some follow from them."""
+  for field, bounds in _BOUNDS.items():
+    value = values[field]
+    if value is None:
+      continue
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(number in bounds for number in several):
+      raise InputError(f'config.{field}={value!r}: expected {bounds}')
+    length = _LENGTHS.get(field, len(several))
+    if len(several) != length:
+      raise InputError(f'config.{field}={value!r}: expected {length} numbers')
+  channels = values['generator.channels']
+  if len(channels) < 2:
+    raise InputError(
+      f'config.generator.channels={channels!r}: expected 2 or more numbers'
+    )
+  boundaries = values['schedule.lr_boundaries']
+  if list(boundaries) != sorted(set(boundaries)):
+    raise InputError(
+      f'config.schedule.lr_boundaries={boundaries!r}: expected ascending steps'
     )
 
 

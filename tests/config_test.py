@@ -140,17 +140,17 @@ def test_differences_leave_out_what_may_differ(field, value):
     ('quant.activation_bits', 9, '2 to 8'),
     ('quant.first_weight_bits', 1, '2 to 8'),
     ('quant.last_weight_bits', 16, '2 to 8'),
-    ('quant.headroom', -0.01, 'at least 0.0'),
-    ('augment.adversarial', -0.1, 'at least 0.0'),
-    ('schedule.batch_size', 1, 'at least 2'),
-    ('schedule.warmup_steps', -1, 'at least 0'),
-    ('schedule.procedural_batches', -1, 'at least 0'),
-    ('eval.synthetic_images', 1999, 'at least 2000'),
-    ('report.log_every', 0, 'at least 1'),
-    ('checkpoint_every', 0, 'at least 1'),
+    ('quant.headroom', -0.01, '0 to '),
+    ('augment.adversarial', -0.1, '0 to '),
+    ('schedule.batch_size', 1, '2 to '),
+    ('schedule.warmup_steps', -1, '0 to '),
+    ('schedule.procedural_batches', -1, '0 to '),
+    ('eval.synthetic_images', 1999, '2,000 to '),
+    ('report.log_every', 0, '1 to '),
+    ('checkpoint_every', 0, '1 to '),
     ('student.lr', float('nan'), 'finite'),
     ('student.lr', float('inf'), 'finite'),
-    ('student.lr', -0.1, 'at least 0'),
+    ('student.lr', -0.1, '0 to '),
     ('loss.sfda', float('nan'), 'finite'),
     ('loss.sfda', '1', 'a finite number'),
     ('augment.flip', 1, 'True or False'),
@@ -213,4 +213,89 @@ def test_pool_must_be_filled_before_it_is_used(pool):
   config_lib.validate(config)
   config.schedule.pool_batches = pool
   with pytest.raises(InputError, match=f'pool_batches={pool}.*= 5'):
+    config_lib.validate(config)
+
+
+# --- Bounds ------------------------------------------------------------------
+
+
+def _numbers(value):
+  several = value if isinstance(value, (tuple, list)) else (value,)
+  return several and all(
+    isinstance(n, (int, float)) and not isinstance(n, bool) for n in several
+  )
+
+
+def test_every_number_has_bounds():
+  expected = config_lib.defaults()
+  numbers = set()
+  for field, value in config_lib.flatten(expected).items():
+    section, _, name = field.rpartition('.')
+    kind = (expected[section] if section else expected).get_type(name)
+    if kind in (int, float, tuple) or (value is not None and _numbers(value)):
+      numbers.add(field)
+  assert numbers == set(config_lib._BOUNDS)
+
+
+@pytest.mark.parametrize('field', config_lib._BOUNDS)
+def test_numbers_out_of_bounds(field):
+  low, high, below = config_lib._BOUNDS[field]
+  expected = config_lib.defaults()
+  section, _, name = field.rpartition('.')
+  kind = (expected[section] if section else expected).get_type(name)
+  whole = kind is int or field in config_lib._SIZES
+  length = config_lib._LENGTHS.get(field, 3)
+
+  def refused(number):
+    config = config_lib.defaults()
+    value = (number,) * length if kind is tuple else number
+    _set(config, field, value)
+    try:
+      config_lib.validate(config)
+    except InputError as e:
+      return f'config.{field}=' in str(e)
+    return False
+
+  step = 1 if whole else 1e-7
+  assert refused(low - step)
+  assert refused(1e300 if not whole else 2**31)
+  assert refused(high + (1 if whole else 1e-3 * max(high, 1)))
+  assert refused(high) or not below
+  for number in (low, high):
+    if field not in _TOGETHER and not (below and number == high):
+      assert not refused(number), number
+
+
+# What also depends on other fields, or on others of the same tuple.
+_TOGETHER = (
+  'schedule.lr_boundaries',
+  'schedule.student_steps',
+  'schedule.joint_steps',
+  'schedule.pool_batches',
+)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'expected'),
+  [
+    ('augment.probability', 1.5, '0 to 1'),
+    ('augment.mixup', -0.1, '0 to 1'),
+    ('loss.sfda', -1.0, '0 to 1,000,000'),
+    ('loss.noise', (0.5, -1.0), '0 to 100'),
+    ('student.momentum', 1.0, '0 to below 1'),
+    ('student.weight_decay', -1e-4, '0 to 1'),
+    ('generator.betas', (0.5,), '2 numbers'),
+    ('generator.betas', (0.5, 1.0), '0 to below 1'),
+    ('teacher.num_classes', 0, '2 to'),
+    ('teacher.pixel_range', 0.0, 'expected'),
+    ('teacher.image_size', (32,), '2 numbers'),
+    ('eval.resize', -1, '0 to'),
+    ('schedule.lr_boundaries', (20, 10), 'ascending'),
+    ('quant.headroom', 1e9, '0 to 1'),
+  ],
+)
+def test_numbers_that_cannot_be_meant(field, value, expected):
+  config = config_lib.defaults()
+  _set(config, field, value)
+  with pytest.raises(InputError, match=rf'config\.{field}=.*{expected}'):
     config_lib.validate(config)
