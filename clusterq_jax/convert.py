@@ -1,4 +1,4 @@
-"""Turns a teacher's weights into the project's own file, once.
+r"""Turns a teacher's weights into the project's own file, once.
 
     python -m clusterq_jax.convert --arch=resnet18 --input=resnet18.pth \
         --output=resnet18.safetensors [--mean=0.485,0.456,0.406 ...] \
@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from clusterq_jax import teacher
+from clusterq_jax import command_line, teacher
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
@@ -110,6 +110,9 @@ def convert(
 
 def main(argv: list[str]) -> int:
   """The command line; returns the exit code."""
+  if command_line.wants_help(argv):
+    print(f'{__doc__}\nflags\n{command_line.describe_flags("output")}')
+    return 0
   try:
     try:
       rest = flags.FLAGS(argv)[1:]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from clusterq_jax import bucket, data, experiment, samples
+from clusterq_jax import bucket, data, experiment, precision, samples
 from clusterq_jax import config as config_lib
 from clusterq_jax import student as student_lib
 from clusterq_jax import workdir as workdir_lib
@@ -39,6 +39,7 @@ def folder_of(config: ml_collections.ConfigDict, workdir: str) -> pathlib.Path:
   return pathlib.Path(config.export.folder or f'{workdir}/export')
 
 
+@precision.in_float32
 @bucket.on_copy
 def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Writes the deployable files of a finished run into a new folder.

@@ -33,6 +33,7 @@ from clusterq_jax import (
   export,
   image_files,
   metrics,
+  precision,
   report,
   samples,
   svg,
@@ -45,6 +46,7 @@ from clusterq_jax.state import TrainState
 from clusterq_jax.steps import Steps
 from clusterq_jax.teacher import Teacher
 
+_CLASSES_LISTED = 50  # of the drop by class
 _COLUMNS = 8  # images of a class in the grid
 _STRIP = 64  # largest height of an image in the grid, pixels
 _NUMBER = re.compile(r'[-+]?\d+(\.\d+)?')
@@ -53,6 +55,32 @@ _NO_IMAGES = 'There are no images to look at.'
 # Of a batch of synthetic images: a generator's BatchNorm sees the whole batch,
 # and must not see ten classes alone where it learned with a thousand.
 _LEAST_SHARE = 0.25
+# What each quantity of metrics.jsonl is, in one sentence.
+_MEANINGS = {
+  'generator/accuracy': 'Synthetic images that the teacher assigns to the '
+  'class asked for.',
+  'generator/diversity': 'Distance of class statistics to centroids with noise '
+  '(eq. 6): keeps images of a class from becoming all alike.',
+  'generator/inception': "Cross-entropy between the teacher's answer and the "
+  'class asked for (eq. 8).',
+  'generator/loss': 'What the generator minimises: the sum of its terms, '
+  'weighted; after the warm-up it has class terms.',
+  'generator/sfda': 'Distance of class statistics to the centroids of their '
+  'class (eq. 4).',
+  'generator/statistics': "Distance of the batch's statistics to those that "
+  "the teacher's BatchNorms store (eq. 9).",
+  'procedural/loss': 'The same distance for images that no generator makes, '
+  'averaged over a batch.',
+  'student/agreement': 'Images on which student and teacher give the same '
+  'class.',
+  'student/cross_entropy': "Cross-entropy between the student's answer and "
+  'the class of the image (eq. 11).',
+  'student/distillation': "Kullback-Leibler divergence of the student's "
+  "answer from the teacher's (eq. 13).",
+  'student/features': "Squared distance between the student's and the "
+  "teacher's layer outputs, in units of their variance.",
+  'student/loss': 'What the student minimises: the sum of its terms, weighted.',
+}
 
 _STYLE = """
 :root { color-scheme: light }
@@ -75,6 +103,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .key b { display: inline-block; width: 11px; height: 11px; margin-right: 5px }
 pre { font-size: 12px; background: #f4f6f8; padding: 8px; overflow: auto }
 svg { max-width: 100%; height: auto }
+figure { margin: 0; max-width: 320px }
+figcaption { font-size: 12px; color: #555 }
 """
 
 
@@ -116,6 +146,7 @@ class _Run:
     return names[label] if names else ''
 
 
+@precision.in_float32
 @bucket.on_copy
 def write(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Writes report.html and event files into the workdir of a run.
@@ -271,22 +302,57 @@ def _curves(run: _Run) -> str:
     points = [(line['step'], line[key]) for line in run.lines if key in line]
     x, y = zip(*points, strict=True)
     share = key.endswith(('accuracy', 'agreement'))
-    charts.append(
-      svg.curves(
-        key,
-        [svg.Curve('', x, [100 * v for v in y] if share else y)],
-        'step',
-        '% of a batch' if share else key.split('/')[-1],
-        marks,
-        log=not share and min(y) > 0 and max(y) > 20 * min(y),
-      )
+    log = not share and min(y) > 0 and max(y) > 20 * min(y)
+    chart = svg.curves(
+      key,
+      [svg.Curve('', x, [100 * v for v in y] if share else y)],
+      'step',
+      ('% of a batch' if share else key.split('/')[-1]) + ', log scale' * log,
+      marks,
+      log=log,
     )
+    meaning = html.escape(_MEANINGS.get(key, ''))
+    charts.append(f'<figure>{chart}<figcaption>{meaning}</figcaption></figure>')
   return (
-    '<p>Of single batches, as logged. generator/accuracy: synthetic images '
-    'that the teacher assigns to the class asked for; student/agreement: '
-    'images on which the student answers as the teacher does. Dashed: where a '
-    'phase begins; after the warm-up, generator/loss has class terms.</p>'
-    + _charts(charts)
+    '<p>Each point is one batch, as logged. A dashed line shows where a phase '
+    f'begins.</p>{_charts(charts)}'
+  )
+
+
+def _by_class(run: _Run) -> str:
+  """Top-1 of teacher and student class by class, largest drop first."""
+  counts = run.results.get('by_class')
+  if not counts:
+    return _missing(
+      'Labelled images show which classes lose most: --mode=evaluate '
+      '--config.eval.source=npz --config.eval.path=FILE'
+    )
+  rows = []
+  for k, n in enumerate(counts['n']):
+    if n:
+      before, after = (
+        100 * counts[name][k] / n for name in ('teacher', 'student')
+      )
+      rows.append((before - after, k, n, before, after))
+  rows.sort(key=lambda row: -row[0])
+  cells = [
+    [
+      str(k),
+      run.class_name(k),
+      str(n),
+      f'{before:.1f}',
+      f'{after:.1f}',
+      f'{drop:.1f}',
+    ]
+    for drop, k, n, before, after in rows[:_CLASSES_LISTED]
+  ]
+  left = len(rows) - len(cells)
+  header = '#|class|images|teacher %|student %|drop, points'.split('|')
+  return (
+    '<p>Top-1 by class on the images of the latest evaluation, the classes '
+    'that lose most first'
+    + (f'; {left} more classes lose less' if left else '')
+    + f'.</p>{_table(header, cells)}'
   )
 
 
@@ -515,6 +581,15 @@ def _export(run: _Run) -> str:
   """Size and latency of the exported files."""
   folder = export.folder_of(run.config, str(run.folder))
   files = [folder / name for name in (export.FLOAT, export.INTEGER)]
+  placement = run.config.quant.placement
+  if placement != 'integer':
+    return _missing(
+      f'A student of {placement} placement keeps residual adds in float, so '
+      'that there is no integer file of it. Quantize again with '
+      '--config.quant.placement=integer in another workdir, then --mode=export '
+      'there; --config.generator.workdir of this run saves making the images '
+      'again.'
+    )
   if not all(file.exists() for file in files):
     return _missing(
       f'No {export.INTEGER} in {folder}: --mode=export writes it.'
@@ -566,6 +641,7 @@ def _page(run: _Run) -> str:
     notes += f'<p>The teacher is right on {" and ".join(right)}.</p>'
   sections = {
     'Summary': _summary(run),
+    'Drop by class': _by_class(run),
     'Curves': _curves(run),
     'Images': notes + (_grid(run) if features else ''),
     'Features': _features(run, features) if features else _missing(_NO_IMAGES),
@@ -576,8 +652,9 @@ def _page(run: _Run) -> str:
   name = html.escape(run.folder.resolve().name)
   now = datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
   body = ''.join(
-    f'<section id="{title.lower()}"><h2>{title}</h2>{text}</section>'
+    f'<section id="{name}"><h2>{title}</h2>{text}</section>'
     for title, text in sections.items()
+    for name in [title.lower().replace(' ', '-')]
   )
   return (
     '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'

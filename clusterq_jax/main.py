@@ -8,6 +8,8 @@ Where it is one of several processes, each is started with the same command; see
 `sharding.start`.
 """
 
+import difflib
+import os
 import sys
 import traceback
 
@@ -16,11 +18,22 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from clusterq_jax import dryrun, export, html_report, report, sharding, train
+from clusterq_jax import (
+  command_line,
+  dryrun,
+  export,
+  html_report,
+  report,
+  sharding,
+  train,
+)
+from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.preemption import Preempted
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Python file that says what to run, see configs/.'
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run, or gs://BUCKET/PATH.'
 )
@@ -50,8 +63,48 @@ _PROCESS = flags.DEFINE_integer(
 )
 
 
+_DEFAULTS = config_lib.defaults()
+_HELP = """Quantizes a trained image classifier without data.
+
+    python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \\
+        [--mode=MODE] [--config.FIELD=VALUE ...]
+
+modes
+  quantize   makes the student, or resumes where the workdir's run stopped
+             (the default)
+  evaluate   measures teacher and student on labelled images
+  export     writes the integer ONNX file and what tests it
+  report     writes report.html: curves, images, errors layer by layer
+  dryrun     compiles every step for a TPU that is not there
+
+flags
+{flags}
+  --config.FIELD=VALUE
+      Sets a field of the config; clusterq_jax/config.py explains each.
+
+examples
+  the embedded teacher, with three bits:
+    python -m clusterq_jax.main --config=configs/fashion_mnist_resnet20.py \\
+        --workdir=runs/three --config.quant.weight_bits=3
+  your weights, and how they do on your images:
+    python -m clusterq_jax.main --config=configs/resnet18.py \\
+        --workdir=runs/mine --config.teacher.weights=resnet18.safetensors
+    python -m clusterq_jax.main --config=configs/resnet18.py \\
+        --workdir=runs/mine --config.teacher.weights=resnet18.safetensors \\
+        --mode=evaluate --config.eval.source=folder --config.eval.path=images
+  to an integer file, after a run with --config.quant.placement=integer:
+    python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \\
+        --config.quant.placement=integer --mode=export
+"""
+
+
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
+  # XLA's complaints about slow compilation; read when it first speaks.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  if command_line.wants_help(argv):
+    print(_HELP.format(flags=command_line.describe_flags('mode')))
+    return 0
   try:
     config, workdir = _parse(argv)
     if _MODE.value == 'dryrun':
@@ -59,7 +112,8 @@ def main(argv: list[str]) -> int:
     decision = sharding.start(
       _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
-    if _DISTRIBUTED.value != 'off':
+    # Who runs one process on one machine has nothing to decide.
+    if _DISTRIBUTED.value != 'off' and decision != sharding.ALONE:
       print(f'distributed: {decision}', file=sys.stderr)
     if sharding.is_lead() or _MODE.value == 'quantize':
       results = _MODES[_MODE.value](config, workdir)
@@ -103,13 +157,30 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     lines = str(e).strip().splitlines() or [repr(e)]
     # ml_collections says what it was doing, then all of the traceback.
     reason = ' '.join(dict.fromkeys((lines[0].strip(), lines[-1].strip())))
-    raise InputError(f'flags: {reason}') from e
+    unknown = _unknown_field(argv)
+    raise InputError(unknown or f'flags: {reason}') from e
   if rest:
     raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
   needs_workdir = _MODE.value != 'dryrun'
   if _CONFIG.value is None or needs_workdir and not _WORKDIR.value:
     raise InputError('--config=configs/NAME.py and --workdir=DIR are required')
   return _CONFIG.value, _WORKDIR.value or ''
+
+
+def _unknown_field(argv: list[str]) -> str:
+  """What is wrong with the first field of `argv` that no config has, or ''."""
+  known = [f'config.{field}' for field in config_lib.flatten(_DEFAULTS)]
+  for argument in argv[1:]:
+    name = argument.lstrip('-').partition('=')[0]
+    if name.startswith('config.') and name not in known:
+      close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+      hint = (
+        f'did you mean --{close[0]}?'
+        if close
+        else ('clusterq_jax/config.py lists them')
+      )
+      return f'--{name}: unknown field; {hint}'
+  return ''
 
 
 if __name__ == '__main__':

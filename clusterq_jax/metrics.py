@@ -8,6 +8,7 @@ import pathlib
 import resource
 import shutil
 import sys
+import threading
 import time
 from typing import Any
 
@@ -149,6 +150,28 @@ class Progress:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
+
+
+class Waiting:
+  """Says on stderr, every twenty seconds, what a long call is still doing."""
+
+  def __init__(self, what: str):
+    self._what = what
+    self._done = threading.Event()
+    self._thread = threading.Thread(target=self._speak, daemon=True)
+
+  def _speak(self) -> None:
+    began = time.monotonic()
+    while not self._done.wait(_SILENCE_S):
+      seconds = time.monotonic() - began
+      print(f'{self._what}: {seconds:.0f} s so far', file=sys.stderr)
+
+  def __enter__(self) -> None:
+    self._thread.start()
+
+  def __exit__(self, *_: object) -> None:
+    self._done.set()
+    self._thread.join()
 
 
 def peak_rss_mb() -> float:

@@ -1,10 +1,19 @@
 """The table that a run ends with."""
 
+import pathlib
 from typing import Any
 
 import ml_collections
 
 from clusterq_jax import forecast, metrics
+
+_FILES = (
+  'student.safetensors',
+  'results.json',
+  'samples.png',
+  'metrics.jsonl',
+  'checkpoints/',
+)
 
 
 def _percent(value: float | None) -> str:
@@ -38,7 +47,10 @@ def closing_rows(
       *_reported(results, workdir),
     ]
   teacher, student = results.get('teacher', {}), results.get('student', {})
-  rows = [('teacher top-1', _percent(teacher.get('top1')))]
+  rows = []
+  if results.get('images'):
+    rows.append(('images', _images(results['images'])))
+  rows.append(('teacher top-1', _percent(teacher.get('top1'))))
   top1 = student.get('top1')
   if top1 is not None and teacher.get('top1') is not None:
     rows += [
@@ -55,6 +67,14 @@ def closing_rows(
         'deployed top-1',
         f'{deployed["top1"]:.2f} % (agrees with the student on '
         f'{deployed["agreement"]:.2f} % of {deployed["n"]} images)',
+      )
+    )
+  if results.get('earlier'):
+    rows.append(
+      (
+        'on other images',
+        f'results.json, `earlier`: figures on {len(results["earlier"])} other '
+        'set(s) of images',
       )
     )
   if 'synthetic' in results:
@@ -82,19 +102,15 @@ def closing_rows(
         f'(x{before / after:.1f} smaller)',
       ),
       (
-        'time',
+        'training time',
         f'{results["wall_s"]:.0f} s, of which compilation '
         f'{results["compile_s"]:.0f} s; peak memory '
         f'{results["peak_rss_mb"] / 1e3:.1f} GB',
       ),
     ]
-  rows.append(
-    (
-      'files',
-      f'{workdir}: student.safetensors, results.json, samples.png, '
-      'metrics.jsonl, checkpoints/',
-    )
-  )
+  files = _present(workdir, finished='bits' in results)
+  if files:
+    rows.append(('files', f'{workdir}: {", ".join(files)}'))
   if 'export' in results:
     rows += _exported(results['export'])
   rows += _reported(results, workdir)
@@ -106,6 +122,19 @@ def closing_rows(
       )
     )
   return rows
+
+
+def _images(images: dict[str, Any]) -> str:
+  name = images['path'] or images['source']
+  return f'{name} ({images["n"]:,})'
+
+
+def _present(workdir: str, finished: bool) -> list[str]:
+  """Those of a run's files that are there; in a bucket, that should be."""
+  if '://' in workdir:
+    return list(_FILES) if finished else ['results.json']
+  folder = pathlib.Path(workdir)
+  return [name for name in _FILES if (folder / name).exists()]
 
 
 def _reported(results: dict[str, Any], workdir: str) -> list[tuple[str, str]]:

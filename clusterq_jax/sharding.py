@@ -25,6 +25,8 @@ _PROCESSES = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 _WAIT_S = 24 * 3600
 # C calls what is in here; it must not be collected.
 _on_abort: list[object] = []
+# What `start` returns where nothing was asked for and nothing found.
+ALONE = 'one process: no cluster found; --distributed=on says otherwise'
 _MOST = 8  # numbers that processes compare
 
 
@@ -66,7 +68,7 @@ def start(
   except Exception as e:  # every kind of cluster raises its own
     reason = (str(e).strip() or repr(e)).splitlines()[0]
     if mode == 'auto' and reason == 'coordinator_address should be defined.':
-      return 'one process: no cluster found; --distributed=on says otherwise'
+      return ALONE
     raise InputError(
       f'--distributed={mode}: {reason}; --distributed=off is for one process'
     ) from e

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clusterq_jax import precision
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
@@ -60,8 +61,11 @@ class Student:
   plan: plan_lib.Plan
   _network: Any
 
-  def logits(self, images: jax.Array) -> jax.Array:
+  @precision.in_float32
+  def logits(self, images: Any) -> jax.Array:
     """uint8 images [B, H, W, C], RGB, to logits [B, K].
+
+    Takes an array, or what `numpy.asarray` makes one of: a list of images.
 
     Compiled for every B. In a `jit` of your own, let the student be an argument
     of the function: else its weights are constants of the program, and an
@@ -70,15 +74,23 @@ class Student:
     Raises:
       ValueError: another shape or dtype.
     """
+    expected = (
+      f'expected uint8 [B, {", ".join(map(str, self.preprocessing.shape))}]'
+    )
+    if not isinstance(images, (jax.Array, jax.core.ShapedArray)):
+      try:
+        images = np.asarray(images)
+      except ValueError as e:  # a ragged list
+        raise ValueError(f'images: {e}; {expected}') from e
     if images.dtype != jnp.uint8 or images.shape[1:] != (
       self.preprocessing.shape
     ):
       raise ValueError(
-        f'images are {images.dtype} {list(images.shape)}; expected uint8 '
-        f'[B, {", ".join(map(str, self.preprocessing.shape))}]'
+        f'images are {images.dtype} {list(images.shape)}; {expected}'
       )
     return _logits(self, images)
 
+  @precision.in_float32
   def integer(self) -> integer.Folded:
     """The network that an integer runtime executes.
 
@@ -127,8 +139,12 @@ def save(
   )
 
 
+@precision.in_float32
 def load(path: str | pathlib.Path) -> Student:
   """Loads a finished student.
+
+  JAX does not survive a fork: load the student in the process that uses it, and
+  start other processes with multiprocessing's 'spawn' method.
 
   Args:
     path: a workdir, or the file in it.

@@ -25,6 +25,7 @@ from clusterq_jax import (
   experiment,
   forecast,
   losses,
+  precision,
   preemption,
   reuse,
   samples,
@@ -68,7 +69,9 @@ class Compiler:
       out_shardings=self._everywhere,
       compiler_options=convolution.compiler_options(),
     )
-    compiled = jitted.lower(*args).compile()
+    name = getattr(function, '__name__', 'a program').replace('_', ' ')
+    with metrics_lib.Waiting(f'compiling {name}'):
+      compiled = jitted.lower(*args).compile()
     self.seconds += time.monotonic() - start
     return compiled
 
@@ -200,6 +203,7 @@ class _Run:
     )
 
 
+@precision.in_float32
 @bucket.on_copy
 def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Quantizes a teacher without data; resumes what the workdir holds.
@@ -419,9 +423,17 @@ def _on_images(
     'teacher': functools.partial(logits, teacher.variables),
     **others,
   }
-  return evaluation.on_images(networks, images, config.eval.batch_size)
+  results = evaluation.on_images(networks, images, config.eval.batch_size)
+  if images is not None:
+    results['images'] = {
+      'source': config.eval.source,
+      'path': config.eval.path,
+      **results['images'],
+    }
+  return results
 
 
+@precision.in_float32
 @bucket.on_copy
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Evaluates a finished run on the images that `config.eval` names.

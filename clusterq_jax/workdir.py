@@ -85,21 +85,67 @@ def read_results(folder: pathlib.Path) -> dict[str, Any]:
   return metrics.read_json(file) if file.exists() else {}
 
 
+# What an evaluation measures on images: by key, the figures that become null
+# when the next one looks at other images.
+_MEASURED = {
+  'teacher': ('top1',),
+  'student': ('top1', 'n', 'agreement'),
+  'deployed': ('top1', 'n', 'agreement'),
+}
+
+
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
   """Adds to results.json, or replaces, the keys of `new`, one level deep.
 
-  A figure that is there is not replaced by None, which says not measured.
+  A figure that is there is not replaced by None, which says not measured. If
+  `new` holds figures on other `images` than the file, those in the file move to
+  `earlier`, so that figures side by side are always on the same images.
 
   Returns:
     All that results.json then holds.
   """
   results = read_results(folder)
+  if new.get('images'):
+    results = _of_images(results, new['images']['digest'])
   for key, value in new.items():
     old = results.get(key)
-    if isinstance(old, dict) and isinstance(value, dict):
+    if key != 'by_class' and isinstance(old, dict) and isinstance(value, dict):
       measured = {k: v for k, v in value.items() if v is not None}
       value = {**value, **old, **measured}
     if value is not None or key not in results:
       results[key] = value
   metrics.write_json(folder / 'results.json', results)
+  return results
+
+
+def _of_images(results: dict[str, Any], digest: str) -> dict[str, Any]:
+  """The results with figures on the images of that digest alone."""
+  shown = (results.get('images') or {}).get('digest')
+  figures = {
+    key: results[key]
+    for key in (*_MEASURED, 'by_class')
+    if key in results and (results[key] or {}).get('top1', 0) is not None
+  }
+  if shown == digest or not figures:
+    return results
+  earlier = [
+    found
+    for found in results.get('earlier', ())
+    if (found['images'] or {}).get('digest') not in (shown, digest)
+  ]
+  again = [
+    found
+    for found in results.get('earlier', ())
+    if (found['images'] or {}).get('digest') == digest
+  ]
+  results = {k: v for k, v in results.items() if k != 'by_class'}
+  results['earlier'] = [
+    *earlier,
+    {'images': results.pop('images', None), **figures},
+  ]
+  for key, names in _MEASURED.items():
+    if key in results:
+      results[key] = {**results[key], **dict.fromkeys(names)}
+  for found in again:
+    results |= found
   return results

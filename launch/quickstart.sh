@@ -8,8 +8,6 @@
 # clusterq_jax.main as they are, say --config.seed=1.
 set -euo pipefail
 
-EXPECTED_TIME='3 to 5 minutes on two cores'
-
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -27,8 +25,8 @@ fi
 clusterq_setup
 clusterq_env
 cd -- "$CLUSTERQ_ROOT"
-echo "quickstart: data-free quantization of a Fashion-MNIST ResNet-20," \
-  "$EXPECTED_TIME; results go to $workdir" >&2
+echo "quickstart: data-free quantization of a Fashion-MNIST ResNet-20; the" \
+  "time left is shown as soon as it is measured; results go to $workdir" >&2
 exec "$CLUSTERQ_PYTHON" -m clusterq_jax.main \
   --config=configs/fashion_mnist_resnet20.py \
   --workdir="$workdir" "${@:2}"

@@ -8,6 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from clusterq_jax import convert, teacher, weights
+from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float as float_layers
 from clusterq_jax.models import registry
 from clusterq_jax.weights import fitting, layouts
@@ -132,6 +133,58 @@ def test_refusals(run, source, tmp_path, monkeypatch, changes, expected):
   assert expected in err
   assert len(err.strip().splitlines()) == 1
   assert sorted(tmp_path.iterdir()) == before
+
+
+def test_class_names_with_a_byte_order_mark(run, source, tmp_path):
+  names, output = tmp_path / 'names.txt', tmp_path / 'new.safetensors'
+  names.write_bytes('\ufeffant\r\nbee\r\ncat\r\ndog\r\nélan\r\n\r\n'.encode())
+  code, _, err = run(
+    arch='resnet50', input=source, output=output, class_names=names
+  )
+  assert code == 0, err
+  loaded = teacher.load('resnet50', str(output))
+  assert loaded.class_names == ('ant', 'bee', 'cat', 'dog', 'élan')
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected'),
+  [
+    ({'mean': '0.5'}, '--mean=(0.5,): expected 3 number(s)'),
+    ({'std': '0.2,0,0.2'}, '--std=(0.2, 0.0, 0.2): expected positive'),
+    ({'mean': '123.675,116.28,103.53'}, 'expected numbers from 0 to 1, which'),
+    ({'image_size': '0,224'}, '--image_size=(0, 224): expected height'),
+    ({'class_names': 'latin.txt'}, 'latin.txt: byte 0 is 0xe9: expected'),
+  ],
+)
+def test_what_cannot_be_meant(
+  run, source, tmp_path, monkeypatch, changes, expected
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'latin.txt').write_bytes('élan\n'.encode('latin-1'))
+  output = tmp_path / 'new.safetensors'
+  code, _, err = run(
+    **{'arch': 'resnet50', 'input': source, 'output': output, **changes}
+  )
+  assert code == 2
+  assert expected in err
+  assert len(err.strip().splitlines()) == 1
+  assert not output.exists()
+
+
+def test_metadata_errors_name_file_and_key(tmp_path):
+  state = _state('resnet8', 'akamaster', shortcut='pad')
+  path = tmp_path / 'a.safetensors'
+  safetensors.numpy.save_file(state, path, {'mean': '[0.5,'})
+  with pytest.raises(
+    InputError, match=r"a\.safetensors: metadata mean is '\[0"
+  ):
+    teacher.load('resnet8', str(path))
+
+
+def test_help(run):
+  code, out, _ = run(help='')
+  assert code == 0
+  assert '--class_names' in out
 
 
 def test_nothing_is_overwritten(run, source):

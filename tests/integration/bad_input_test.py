@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 
+from clusterq_jax import config as config_lib
 from clusterq_jax import metrics, weights
 
 
@@ -87,6 +88,39 @@ def test_unknown_mode(run):
 def test_bad_field(run, tmp_path, flag, expected):
   _refused(run(f'--config.{flag}'), *expected)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_misspelt_field(run):
+  error = _refused(run('--config.schedule.batch_sise=8'), 'batch_sise')
+  assert 'did you mean --config.schedule.batch_size?' in error
+  assert "\\'" not in error
+
+
+def test_help(command):
+  code, out, error = command('--help')
+  assert code == 0
+  assert not error
+  for said in (
+    'quantize evaluate export report dryrun --config --workdir --mode '
+    '--distributed --num_processes'
+  ).split():
+    assert said in out
+  assert out.count('python -m clusterq_jax.main') >= 4  # usage and examples
+  assert 'Folder of the run' in out
+
+
+def test_one_machine_has_nothing_to_say_of_others(spawn, tmp_path):
+  for mode, said in (('auto', False), ('on', True)):
+    process = spawn(
+      '-m',
+      'clusterq_jax.main',
+      '--config=configs/resnet18.py',
+      f'--workdir={tmp_path}',
+      f'--distributed={mode}',
+      JAX_PLATFORMS='cpu',
+    )
+    _, error = process.communicate(timeout=120)
+    assert ('distributed' in error) == said
 
 
 def test_unknown_field_of_a_file(command, tiny_config_file, tmp_path):
@@ -306,7 +340,11 @@ def test_missing_evaluation_images(run, tmp_path):
 # --- NaN ---------------------------------------------------------------------
 
 
-def test_loss_that_is_no_longer_finite(finished, run, tmp_path, state_at):
+def test_loss_that_is_no_longer_finite(
+  finished, run, tmp_path, state_at, monkeypatch
+):
+  # No rate within the bounds makes so small a network diverge so early.
+  monkeypatch.delitem(config_lib._BOUNDS, 'generator.lr')
   code, out, error = run('--config.generator.lr=1e30')
   lines = [line for line in error.splitlines() if line.startswith('error: ')]
   assert code == 2

@@ -116,6 +116,16 @@ def test_selftest_sees_other_logits(exported, tmp_path):
   assert 'logits of 1 of' in done.stdout
 
 
+@pytest.mark.parametrize('name', ['selftest.npz', 'integer.onnx'])
+def test_selftest_names_a_missing_file(exported, tmp_path, name):
+  for other in {'selftest.py', 'selftest.npz', 'integer.onnx'} - {name}:
+    (tmp_path / other).write_bytes((exported.folder / other).read_bytes())
+  done = _selftest(tmp_path)
+  assert done.returncode == 2
+  assert f'error: {tmp_path / name}: no such file' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
 @pytest.mark.parametrize('name', ['integer', 'student'])
 def test_stablehlo_runs_without_this_package(exported, name, tmp_path):
   np.save(tmp_path / 'images.npy', _pictures())

@@ -11,7 +11,9 @@ import pytest
 from clusterq_jax import diagnostics, html_report, load_student, metrics
 from clusterq_jax.layers import float as float_layers
 
-_SECTIONS = 'summary curves images features classes quantization export'.split()
+_SECTIONS = (
+  'summary drop-by-class curves images features classes quantization export'
+).split()
 
 
 class _Page(html.parser.HTMLParser):
@@ -83,10 +85,30 @@ def test_report(command, finished, tiny_config_file, workdir, real):
   assert agreement in page.text
   for name in 'ant', 'bee', 'generator/sfda', 'student/features':
     assert name in page.text
+  # A sentence for each quantity; what `paper` placement means for the export.
+  drawn = {
+    key for line in metrics.read(workdir / 'metrics.jsonl') for key in line
+  }
+  assert drawn - {'step'} <= html_report._MEANINGS.keys()
+  assert 'layer outputs, in units of their variance' in page.text
+  assert '--config.quant.placement=integer in another workdir' in page.text
   student = load_student(workdir)
   errors = diagnostics.weight_errors(finished.teacher, student)
   for name, error in errors.items():
     assert f'\n{name}\n{error.bits}\n{error.sqnr:.1f}\n' in page.text
+
+
+def test_drop_by_class(command, tiny_config_file, workdir, real):
+  flags = f'--config={tiny_config_file}', f'--workdir={workdir}', *real
+  assert command(*flags, '--mode=evaluate')[0] == 0
+  assert command(*flags, '--mode=report')[0] == 0
+  counts = json.loads((workdir / 'results.json').read_text())['by_class']
+  page = _Page((workdir / 'report.html').read_text())
+  assert counts['n'] == [8, 8, 8]
+  for k, name in enumerate(('ant', 'bee', 'cat')):
+    before, after = (counts[who][k] / 8 * 100 for who in ('teacher', 'student'))
+    row = f'{k}\n{name}\n8\n{before:.1f}\n{after:.1f}\n{before - after:.1f}\n'
+    assert row in page.text
 
 
 def test_unfinished(command, tiny_config_file, workdir):

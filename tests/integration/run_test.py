@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import clusterq_jax
-from clusterq_jax import data, forecast, train, weights
+from clusterq_jax import data, forecast, metrics, train, weights
+from clusterq_jax import workdir as workdir_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.evaluation import on_images
 from clusterq_jax.layers import fake_quant
@@ -246,9 +247,12 @@ def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
   }
   before = finished.results
   for key in before.keys() | results.keys():
-    assert key in ('student', 'teacher') or results[key] == before[key], key
+    measured = ('student', 'teacher', 'images', 'by_class')
+    assert key in measured or results[key] == before[key], key
+  assert results['by_class']['n'] == np.bincount(labels).tolist()
+  assert sum(results['by_class']['student']) == 36
 
-  # The teacher alone: nothing of the student's changes.
+  # The teacher alone, on other labels: the student's figures move away.
   labels = teacher.copy()
   labels[:18] = (labels[:18] + 1) % 4
   evaluation.path = _npz(tmp_path / 'b.npz', images, labels)
@@ -263,13 +267,118 @@ def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
   (tmp_path / 'labels.csv').write_text('\n'.join(rows))
   evaluation.source, evaluation.path = 'folder', str(tmp_path)
   evaluation.resize = 0
-  assert clusterq_jax.evaluate(tiny_config, str(workdir)) == again
-  del again['teacher'], results['teacher']
-  assert again == results
+  files = clusterq_jax.evaluate(tiny_config, str(workdir))
+  assert files['images'].pop('path') == str(tmp_path)
+  assert files['images'].pop('source') == 'folder'
+  assert again['images'].pop('path') == str(tmp_path / 'b.npz')
+  assert again['images'].pop('source') == 'npz'
+  assert files == again
+  assert again['images'].keys() == {'n', 'digest'}
+  assert again['student'] == {'top1': None, 'n': None, 'agreement': None}
+  assert 'by_class' not in again
+  (earlier,) = again.pop('earlier')
+  assert earlier == {k: results[k] for k in earlier}
+  assert earlier.keys() == {'images', 'teacher', 'student', 'by_class'}
+  # Back on the first images, teacher alone: the student's figures are there.
+  evaluation.source, evaluation.path = 'npz', str(tmp_path / 'a.npz')
+  back = clusterq_jax.evaluate(tiny_config, str(workdir))
+  assert len(back.pop('earlier')) == 1
+  assert back == results
   for name in ('student.safetensors', 'metrics.jsonl', 'samples.png'):
     assert (workdir / name).read_bytes() == (
       finished.workdir / name
     ).read_bytes()
+
+
+def test_no_table_mixes_images(
+  finished, workdir, answers, tiny_config_file, tmp_path, command
+):
+  images, teacher, student = answers
+  flags = (
+    f'--config={tiny_config_file}',
+    f'--workdir={workdir}',
+    '--mode=evaluate',
+    '--config.eval.source=npz',
+  )
+  path = _npz(tmp_path / 'a.npz', images, student)
+  code, out, error = command(*flags, f'--config.eval.path={path}')
+  assert code == 0, error
+  assert 'student top-1 ' in out
+  assert f'{path} (45)' in out
+  assert '\n  training time ' in out
+  assert '\n  time ' not in out
+  other = _npz(tmp_path / 'b.npz', images, (teacher + 1) % 4)
+  code, out, error = command(
+    *flags, f'--config.eval.path={other}', '--config.eval.network=teacher'
+  )
+  assert code == 0, error
+  assert 'teacher top-1' in out
+  assert '0.00 %' in out
+  assert 'student top-1' not in out
+  assert 'figures on 1 other set(s) of images' in out
+
+
+def test_the_table_lists_the_files_that_are_there(
+  tiny_config_file, answers, tmp_path, command
+):
+  images, teacher, _ = answers
+  code, out, error = command(
+    f'--config={tiny_config_file}',
+    f'--workdir={tmp_path / "new"}',
+    '--mode=evaluate',
+    '--config.eval.network=teacher',
+    '--config.eval.source=npz',
+    f'--config.eval.path={_npz(tmp_path / "a.npz", images, teacher)}',
+  )
+  assert code == 0, error
+  (line,) = [line for line in out.splitlines() if ' files ' in line]
+  assert line.endswith(f'{tmp_path / "new"}: results.json')
+
+
+def test_figures_of_before_images_had_a_digest(tmp_path):
+  old = {'teacher': {'top1': 90.0}, 'student': {'top1': 89.0, 'n': 5}}
+  metrics.write_json(tmp_path / 'results.json', old)
+  new = {'teacher': {'top1': 10.0}, 'images': {'n': 3, 'digest': 'ab'}}
+  found = workdir_lib.merge_results(tmp_path, new)
+  assert found['teacher'] == {'top1': 10.0}
+  assert found['student']['top1'] is None
+  assert found['earlier'] == [{'images': None, **old}]
+
+
+def test_float64_by_default_changes_nothing(
+  finished, answers, tiny_config, tmp_path
+):
+  images, teacher, student = answers
+  expected = clusterq_jax.load_student(finished.workdir).logits(images)
+  tiny_config.eval.source = 'npz'
+  tiny_config.eval.path = _npz(tmp_path / 'a.npz', images, student)
+  with jax.enable_x64(True):
+    loaded = clusterq_jax.load_student(finished.workdir)
+    logits = loaded.logits(images)
+    run = shutil.copytree(finished.workdir, tmp_path / 'run')
+    found = clusterq_jax.evaluate(tiny_config, str(run))
+    again = clusterq_jax.quantize(tiny_config, str(tmp_path / 'again'))
+  assert logits.dtype == np.float32
+  np.testing.assert_array_equal(logits, expected)
+  assert found['student']['top1'] == 100
+  assert again['synthetic'] == finished.results['synthetic']
+
+
+def test_logits_of_what_numpy_takes(finished, answers):
+  student = clusterq_jax.load_student(finished.workdir)
+  images = answers[0][:2]
+  expected = student.logits(images)
+  np.testing.assert_array_equal(student.logits(list(images)), expected)
+  pictures = [Image.fromarray(image) for image in images]
+  np.testing.assert_array_equal(student.logits(pictures), expected)
+  np.testing.assert_array_equal(
+    jax.jit(lambda s, x: s.logits(x))(student, images).argmax(-1),
+    np.asarray(expected).argmax(-1),
+  )
+  with pytest.raises(ValueError, match=r'expected uint8 \[B, 8, 8, 3\]'):
+    student.logits(pictures[0])
+  with pytest.raises(ValueError, match=r'expected uint8 \[B, 8, 8, 3\]'):
+    student.logits([images[0], images[1][1:]])
 
 
 def test_evaluate_sees_through_the_padding(answers):
@@ -285,7 +394,8 @@ def test_evaluate_sees_through_the_padding(answers):
     data.Images(images, images.reshape(45, -1).sum(1) % 4),
     8,
   )
-  assert found == {'teacher': {'top1': 100.0}}
+  assert found['teacher'] == {'top1': 100.0}
+  assert found['images']['n'] == 45
 
 
 def test_evaluate_needs_images(workdir, tiny_config):
