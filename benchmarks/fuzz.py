@@ -678,7 +678,7 @@ def _images_npz(random: Random, seeds: _Seeds, folder) -> None:
 
 def _folder(kind: str, random: Random, seeds: _Seeds, folder) -> None:
   """One sound image and one that is not, in class folders."""
-  for name in ('ant', 'bee'):
+  for name in ('1', '3'):
     (folder / name).mkdir()
   raw = _picture(random, kind)
   way = random.integers(12)
@@ -688,8 +688,8 @@ def _folder(kind: str, random: Random, seeds: _Seeds, folder) -> None:
     raw = _damage(random, _picture(random, _pick(random, _FORMATS)))
   else:
     raw = _damage(random, raw)
-  (folder / 'ant' / f'a.{kind.lower()}').write_bytes(raw)
-  (folder / 'bee' / 'a.png').write_bytes(_picture(random, 'PNG'))
+  (folder / '1' / f'a.{kind.lower()}').write_bytes(raw)
+  (folder / '3' / 'a.png').write_bytes(_picture(random, 'PNG'))
   shape = seeds.loaded.preprocessing.shape
   resize = int(random.choice([0, _SIDE]))
   _evaluate(data.load('folder', str(folder), shape, _CLASSES, resize))

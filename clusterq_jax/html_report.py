@@ -103,7 +103,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .key b { display: inline-block; width: 11px; height: 11px; margin-right: 5px }
 pre { font-size: 12px; background: #f4f6f8; padding: 8px; overflow: auto }
 svg { max-width: 100%; height: auto }
-figure { margin: 0; max-width: 320px }
+figure { margin: 0; max-width: 324px }
 figcaption { font-size: 12px; color: #555 }
 """
 

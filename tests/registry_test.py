@@ -103,6 +103,14 @@ def test_registered_network_loads(file):
   assert changed.preprocessing.mean == (0.25,)
 
 
+def test_an_unknown_name_comes_with_the_way_out():
+  with pytest.raises(InputError) as caught:
+    registry.architecture('resnet19')
+  message = str(caught.value)
+  assert 'did you mean resnet' in message
+  assert 'bring your own: configs/README.md' in message
+
+
 def test_config_knows_what_is_registered():
   config = config_lib.defaults()
   config.teacher.arch = 'net'
