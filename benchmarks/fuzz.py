@@ -698,7 +698,10 @@ def _folder(kind: str, random: Random, seeds: _Seeds, folder) -> None:
 def _csv(random: Random, seeds: _Seeds, folder) -> None:
   for name in ('a.png', 'b.png'):
     (folder / name).write_bytes(_picture(random, 'PNG'))
-  rows = ['file,label', *(f'{n}.png,{i}' for i, n in enumerate('ababab'))]
+  rows = [
+    'file,label',
+    *(f'{n}.png,{i % _CLASSES}' for i, n in enumerate('ababab')),
+  ]
   for _ in range(random.integers(1, 3)):
     rows[int(random.integers(len(rows)))] = _pick(random, _ROWS)
   raw = '\n'.join(rows).encode('utf-8', 'surrogateescape')

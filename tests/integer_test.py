@@ -156,7 +156,7 @@ def _tiny(kind='conv', order='rgb', channels=3):
     num_classes=5,
     options={},
     class_names=(),
-    report='',
+    notes=(),
   )
 
 

@@ -169,9 +169,8 @@ def _kind(path: str, head: bytes) -> str:
   size = int.from_bytes(head[:8], 'little')
   if head[8:9] == b'{' and 0 < size < _LARGEST_HEADER:
     return 'safetensors'
-  if head.startswith(b'PK') and zipfile.is_zipfile(path):
-    with zipfile.ZipFile(path) as archive:
-      members = archive.namelist()
+  if head.startswith(b'PK'):
+    members = _members(path)
     if any(name.endswith('data.pkl') for name in members):
       return 'torch'
     if members and all(name.endswith('.npy') for name in members):
@@ -182,6 +181,15 @@ def _kind(path: str, head: bytes) -> str:
     found = f'extension {suffix!r}' if suffix else 'no extension'
     raise InputError(f'{path}: {found}, {_EXPECTED}')
   return 'torch'
+
+
+def _members(path: str) -> list[str]:
+  """The names in a zip archive; none where it is damaged."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return archive.namelist()
+  except Exception:  # of a damaged one; the reader of the format says why
+    return []
 
 
 def read_tensors(

@@ -107,7 +107,7 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
       )
 
   monkeypatch.setattr(train, 'Compiler', Fast)
-  monkeypatch.setitem(config._AT_LEAST, 'eval.synthetic_images', 8)
+  monkeypatch.delitem(config._BOUNDS, 'eval.synthetic_images')
   for mode in ('quantize', 'export'):
     code, _, err = command(
       f'--config={_CONFIG}',
