@@ -396,7 +396,7 @@ def _pickled(random: Random, raw: bytes) -> bytes:
     names = sorted(set(re.findall(rb'c([\w.]+\n\w+)\n', raw)))
     new = _pick(random, [b'os\nsystem', b'builtins\neval', b'torch\nadd'])
     return raw.replace(_pick(random, names), new) if names else raw
-  at = int(random.integers(2, len(raw)))
+  at = int(random.integers(2, max(3, len(raw))))
   return raw[:at] + _pick(random, _OPCODES)[:-1] + raw[at:]
 
 

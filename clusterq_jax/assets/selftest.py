@@ -5,8 +5,8 @@
 Exit code 0: yes, perhaps in the mode that is printed; 1: no; 2: a file is not
 there. Sessions are made with ONNX Runtime's default graph optimizations, which
 run convolutions in integers. With graph_optimization_level = ORT_DISABLE_ALL it
-computes in floats instead: logits then differ by up to 0.16, classes as good as
-never.
+computes in floats: logits differ a little (on Fashion-MNIST at W4A4 by up to
+0.24, and the class of none of 10,000 images).
 """
 
 import pathlib

@@ -415,7 +415,11 @@ def _entries(path: str, data: Mapping[Any, Any]) -> list[Entry]:
         if id(value) not in seen and len(keys) < _DEPTH:
           seen.add(id(value))
           queue.append(((*keys, str(key)), value))
-      elif isinstance(key, str) and isinstance(value, torch.Tensor):
+      elif (
+        isinstance(key, str)
+        and isinstance(value, torch.Tensor)
+        and not value.is_nested  # several tensors in one, without a shape
+      ):
         values[key] = value
       else:
         foreign.append(f'{key} ({type(value).__name__})')
