@@ -296,7 +296,8 @@ def _labels_of(
   Raises:
     InputError: none of the three rules applies.
   """
-  number = {name: label for label, name in enumerate(class_names)}
+  # No folder has a slash in its name.
+  number = {n.replace('/', '_'): label for label, n in enumerate(class_names)}
   unknown = [name for name in names if name not in number]
   if class_names and not unknown and len(number) == len(class_names):
     return [number[name] for name in names], (

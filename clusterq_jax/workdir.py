@@ -120,32 +120,26 @@ def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
 
 def _of_images(results: dict[str, Any], digest: str) -> dict[str, Any]:
   """The results with figures on the images of that digest alone."""
-  shown = (results.get('images') or {}).get('digest')
+  shown = _digest(results)
   figures = {
     key: results[key]
     for key in (*_MEASURED, 'by_class')
-    if key in results and (results[key] or {}).get('top1', 0) is not None
+    if key in results and results[key].get('top1', 0) is not None
   }
   if shown == digest or not figures:
     return results
-  earlier = [
-    found
-    for found in results.get('earlier', ())
-    if (found['images'] or {}).get('digest') not in (shown, digest)
-  ]
-  again = [
-    found
-    for found in results.get('earlier', ())
-    if (found['images'] or {}).get('digest') == digest
-  ]
-  results = {k: v for k, v in results.items() if k != 'by_class'}
-  results['earlier'] = [
-    *earlier,
-    {'images': results.pop('images', None), **figures},
-  ]
+  earlier = {_digest(entry): entry for entry in results.get('earlier', ())}
+  earlier[shown] = {'images': results.get('images'), **figures}
+  again = earlier.pop(digest, {})
+  cleared = {
+    k: v for k, v in results.items() if k not in ('images', 'by_class')
+  }
   for key, names in _MEASURED.items():
-    if key in results:
-      results[key] = {**results[key], **dict.fromkeys(names)}
-  for found in again:
-    results |= found
-  return results
+    if key in cleared:
+      cleared[key] = {**cleared[key], **dict.fromkeys(names)}
+  return {**cleared, **again, 'earlier': list(earlier.values())}
+
+
+def _digest(figures: dict[str, Any]) -> str | None:
+  """What tells the images of some figures; None in files of before."""
+  return (figures.get('images') or {}).get('digest')

@@ -357,6 +357,7 @@ def _folders(root, names):
     ([str(n) for n in range(1, 10)], 10, (), [*range(1, 10)], 'their labels'),
     (['dog', 'ant'], 3, ('ant', 'cat', 'dog'), [0, 2], 'the weights file'),
     (['1', '0'], 2, ('1', '0'), [1, 0], 'the weights file'),
+    (['a_b', 'c'], 2, ('c', 'a/b'), [1, 0], 'the weights file'),
     (['b', 'a'], 2, (), [0, 1], 'labels 0 (a) to 1 (b)'),
     (['b', 'a'], 2, ('x', 'y'), [0, 1], 'labels 0 (a) to 1 (b)'),
     (

@@ -90,7 +90,7 @@ def test_report(command, finished, tiny_config_file, workdir, real):
     key for line in metrics.read(workdir / 'metrics.jsonl') for key in line
   }
   assert drawn - {'step'} <= html_report._MEANINGS.keys()
-  assert 'layer outputs, in units of their variance' in page.text
+  assert 'layer outputs, relative to the mean square' in page.text
   assert '--config.quant.placement=integer in another workdir' in page.text
   student = load_student(workdir)
   errors = diagnostics.weight_errors(finished.teacher, student)
