@@ -77,8 +77,8 @@ _MEANINGS = {
   'the class of the image (eq. 11).',
   'student/distillation': "Kullback-Leibler divergence of the student's "
   "answer from the teacher's (eq. 13).",
-  'student/features': "Squared distance between the student's and the teacher's "
-  'layer outputs, relative to the mean square of the latter.',
+  'student/features': "Squared distance between the student's and the "
+  "teacher's layer outputs, relative to the mean square of the latter.",
   'student/loss': 'What the student minimises: the sum of its terms, weighted.',
 }
 
