@@ -7,7 +7,7 @@ _HELP = ('--help', '-help', '-h')
 
 def wants_help(argv: list[str]) -> bool:
   """Whether an argument asks for help."""
-  return any(argument.rstrip('=') in _HELP for argument in argv[1:])
+  return any(argument in _HELP for argument in argv[1:])
 
 
 def describe_flags(one: str) -> str:

@@ -21,7 +21,7 @@ def predictions(
   networks: Sequence[Predict],
   images: np.ndarray | ImageFiles,
   batch_size: int,
-  saw: Callable[[np.ndarray], object] = id,
+  saw: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
   """The most likely class of every image, by every network.
 
@@ -39,7 +39,8 @@ def predictions(
   answers = []
   for start in range(0, len(images), batch_size):
     batch = images[start : start + batch_size]
-    saw(batch)
+    if saw is not None:
+      saw(batch)
     missing = batch_size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
     classes = [jnp.argmax(logits(padded), -1) for logits in networks]

@@ -9,7 +9,6 @@ Where it is one of several processes, each is started with the same command; see
 """
 
 import difflib
-import os
 import sys
 import traceback
 
@@ -63,7 +62,6 @@ _PROCESS = flags.DEFINE_integer(
 )
 
 
-_DEFAULTS = config_lib.defaults()
 _HELP = """Quantizes a trained image classifier without data.
 
     python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \\
@@ -100,8 +98,6 @@ examples
 
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
-  # XLA's complaints about slow compilation; read when it first speaks.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   if command_line.wants_help(argv):
     print(_HELP.format(flags=command_line.describe_flags('mode')))
     return 0
@@ -169,16 +165,15 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
 
 def _unknown_field(argv: list[str]) -> str:
   """What is wrong with the first field of `argv` that no config has, or ''."""
-  known = [f'config.{field}' for field in config_lib.flatten(_DEFAULTS)]
+  fields = config_lib.flatten(config_lib.defaults())
+  known = [f'config.{field}' for field in fields]
   for argument in argv[1:]:
     name = argument.lstrip('-').partition('=')[0]
     if name.startswith('config.') and name not in known:
       close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-      hint = (
-        f'did you mean --{close[0]}?'
-        if close
-        else ('clusterq_jax/config.py lists them')
-      )
+      hint = 'clusterq_jax/config.py lists them'
+      if close:
+        hint = f'did you mean --{close[0]}?'
       return f'--{name}: unknown field; {hint}'
   return ''
 

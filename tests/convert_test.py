@@ -181,10 +181,9 @@ def test_metadata_errors_name_file_and_key(tmp_path):
     teacher.load('resnet8', str(path))
 
 
-def test_help(run):
-  code, out, _ = run(help='')
-  assert code == 0
-  assert '--class_names' in out
+def test_help(capsys):
+  assert convert.main(['convert', '--help']) == 0
+  assert '--class_names' in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(run, source):

@@ -26,7 +26,7 @@ from clusterq_jax.models import registry
 from clusterq_jax.weights import files, layouts
 
 FORMAT = 'clusterq-jax teacher 1'
-CHANNELS = (1, 3)
+_CHANNELS = (1, 3)
 # Entries that come first where several fit.
 _USUAL = ('', 'state_dict', 'model')
 # As timm, pytorchcv, torchvision and PyPI `efficientnet-pytorch` call it.
@@ -253,7 +253,7 @@ def _check_supported(
   path: str, channels: int | None, classes: int | None
 ) -> None:
   """The one place that decides which inputs and outputs are supported."""
-  if channels not in CHANNELS:
+  if channels not in _CHANNELS:
     raise InputError(
       f'{path}: the weights take {channels} input channels; supported are '
       'images of 1 (grey) or 3 (colour)'
@@ -375,7 +375,7 @@ def _supported() -> str:
 
 def _check_kind(path: str, keys: Sequence[str]) -> None:
   """Refuses what no network here has, or lacks what each has."""
-  if not any(re.search(r'(\.running_|^running_|/)mean$', key) for key in keys):
+  if not any(re.search(r'(^|\.)running_mean$|/mean$', key) for key in keys):
     raise InputError(
       f'{path}: found no BatchNorm statistics (no running_mean among '
       f'{len(keys)} tensors): group or layer normalisation, or none; the '
