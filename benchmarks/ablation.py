@@ -28,7 +28,10 @@ import numpy as np
 import time_to_accuracy
 
 from clusterq_jax import config as config_lib
-from clusterq_jax import experiment, reuse, sharding, svg
+from clusterq_jax import sharding
+from clusterq_jax.report import svg
+from clusterq_jax.runtime import reuse
+from clusterq_jax.runtime import session as experiment
 
 RECORDS = pathlib.Path(__file__).with_suffix('.jsonl')
 BITS = {'W4A4': 4, 'W3A3': 3}

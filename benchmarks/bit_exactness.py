@@ -11,7 +11,8 @@ import pathlib
 import jax
 import numpy as np
 
-from clusterq_jax import data, errors, evaluation, load_student
+from clusterq_jax import data, errors, load_student
+from clusterq_jax.runtime import evaluation
 
 BATCH = 250
 

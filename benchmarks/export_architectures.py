@@ -17,10 +17,11 @@ import onnx
 import onnxruntime
 import random_weights
 
-from clusterq_jax import procedural
-from clusterq_jax.layers import fake_quant, integer, protocol
-from clusterq_jax.layers import onnx as onnx_layers
-from clusterq_jax.models import registry
+from clusterq_jax.deploy import integer
+from clusterq_jax.deploy import onnx_graph as onnx_layers
+from clusterq_jax.layers import fake_quant
+from clusterq_jax.method import procedural
+from clusterq_jax.models import protocol, registry
 from clusterq_jax.quant import plan as plan_lib
 
 ARCHITECTURES = (

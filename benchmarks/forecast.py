@@ -20,7 +20,7 @@ from typing import Any
 import accuracy
 from scipy import stats
 
-from clusterq_jax import forecast
+from clusterq_jax.runtime import forecast
 
 LEVEL = 0.9  # of the interval
 IMAGES = 5000  # that the margin is for: the scatter goes with 1 / images

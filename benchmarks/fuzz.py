@@ -43,20 +43,14 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from clusterq_jax import config as config_lib
-from clusterq_jax import (
-  convert,
-  data,
-  evaluation,
-  experiment,
-  reuse,
-  teacher,
-  train,
-  weights,
-)
+from clusterq_jax import convert, data, weights
 from clusterq_jax import main as main_lib
-from clusterq_jax import student as student_lib
+from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.weights import fitting, layouts
+from clusterq_jax.modes import train
+from clusterq_jax.runtime import evaluation, reuse
+from clusterq_jax.runtime import session as experiment
+from clusterq_jax.weights import fitting, layouts, teacher
 
 try:
   import torch

@@ -23,7 +23,10 @@ def measure(name: str, args, queue) -> None:
   """Puts (seconds per step, to compile, peak resident MB) into the queue."""
   import jax
 
-  from clusterq_jax import experiment, metrics, sharding, train
+  from clusterq_jax import sharding
+  from clusterq_jax.modes import train
+  from clusterq_jax.runtime import metrics
+  from clusterq_jax.runtime import session as experiment
 
   config = runpy.run_path(args.config)['get_config']()
   config.teacher.weights = args.weights

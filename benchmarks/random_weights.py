@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clusterq_jax import statistics, weights
-from clusterq_jax import teacher as teacher_lib
-from clusterq_jax.data import Preprocessing
-from clusterq_jax.layers import float as float_layers
-from clusterq_jax.layers import protocol
-from clusterq_jax.models import registry
+from clusterq_jax import weights
+from clusterq_jax.layers import float_layers
+from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.preprocessing import Preprocessing
+from clusterq_jax.ops.moments import batch_statistics
+from clusterq_jax.weights import teacher as teacher_lib
 
 _IMAGES = 8
 # For networks of which no input is usual.
@@ -57,7 +57,7 @@ def make(arch: str, num_classes: int, seed: int):
     _, taps = network.apply(variables, x, mutable=['batch_stats', 'moments'])
     names = protocol.trace(build).batch_norms
     moments = float_layers.ordered_moments(taps, protocol.trace(build))
-    batch = map(statistics.batch_statistics, moments)
+    batch = map(batch_statistics, moments)
     return {
       name: {'mean': s.mean, 'var': jnp.square(s.std)}
       for name, s in zip(names, batch, strict=True)

@@ -67,7 +67,10 @@ def serve(spec: dict[str, Any]) -> None:
   import random_weights
 
   from clusterq_jax import config as config_lib
-  from clusterq_jax import dryrun, experiment, metrics, sharding, train
+  from clusterq_jax import sharding
+  from clusterq_jax.modes import dryrun, train
+  from clusterq_jax.runtime import metrics
+  from clusterq_jax.runtime import session as experiment
 
   config = config_lib.fast()
   config.schedule.batch_size = spec['batch']
@@ -104,7 +107,7 @@ def run_steadily(folder: str) -> None:
   import random_weights
 
   from clusterq_jax import config as config_lib
-  from clusterq_jax import train
+  from clusterq_jax.modes import train
 
   weights = pathlib.Path(folder, 'teacher.safetensors')
   random_weights.write(weights, 'resnet8', num_classes=10)

@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py [--generator=slim|full|both] [--check]
 
-What a step does is said in `clusterq_jax/steps.py`; the second half of this
+`clusterq_jax/method/steps.py` says what a step does; the second half of this
 file says it again in eager PyTorch; `--check` compares the two. See README.md.
 """
 
@@ -33,9 +33,10 @@ TOLERANCE = 1e-3  # of --check, relative
 # ------------------------------------------------------------------------ JAX
 def make_steps(args):
   from clusterq_jax import config as config_lib
-  from clusterq_jax import data, experiment, teacher
-  from clusterq_jax.layers import protocol
-  from clusterq_jax.models import registry
+  from clusterq_jax.models import protocol, registry
+  from clusterq_jax.models.preprocessing import Preprocessing
+  from clusterq_jax.runtime import session as experiment
+  from clusterq_jax.weights import teacher
 
   config = config_lib.defaults()
   config.schedule.batch_size = args.batch_size
@@ -44,7 +45,7 @@ def make_steps(args):
   config.augment.probability = 0.0 if args.check else 1.0
   config.loss.noise = (0.0, 0.0) if args.check else NOISE
   build = registry.builder('resnet20', num_classes=CLASSES)
-  prep = data.Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3)
+  prep = Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3)
   graph = protocol.trace(build)
   return experiment.make_steps(
     config, teacher.Teacher(build, graph, {}, prep, CLASSES, {}, (), '')
@@ -55,7 +56,7 @@ def make_inputs(steps, seed: int):
   """A teacher's variables and the train state, none of it at its default."""
   import jax
 
-  from clusterq_jax.layers import float as float_layers
+  from clusterq_jax.layers import float_layers
 
   rng, key = np.random.RandomState(seed), jax.random.key(seed)
 
@@ -99,7 +100,8 @@ class JaxStep:
   def __init__(self, args):
     import jax
 
-    from clusterq_jax import sharding, train
+    from clusterq_jax import sharding
+    from clusterq_jax.modes import train
 
     steps = make_steps(args)
     compiler = train.Compiler(steps.mesh)
@@ -347,7 +349,7 @@ class TorchStep:
 
 
 class Classes:
-  """As `clusterq_jax.statistics.Classes`."""
+  """As `class_statistics.Classes`."""
 
   def __init__(self, labels, logits, dtype):
     self.labels = labels

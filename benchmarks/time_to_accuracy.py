@@ -21,16 +21,13 @@ import jax
 import numpy as np
 
 from clusterq_jax import config as config_lib
-from clusterq_jax import (
-  evaluation,
-  experiment,
-  losses,
-  procedural,
-  sharding,
-  train,
-)
+from clusterq_jax import sharding
 from clusterq_jax.layers import fake_quant
+from clusterq_jax.method import losses, procedural
+from clusterq_jax.modes import train
 from clusterq_jax.quant import numerics
+from clusterq_jax.runtime import evaluation
+from clusterq_jax.runtime import session as experiment
 
 # Drops at W4A4, in points. ClusterQ: arXiv 2205.00179, table I. SynQ (ICLR
 # 2025): the best with uniform bits and one scale per tensor of activations.

@@ -18,13 +18,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from clusterq_jax import dryrun
-from clusterq_jax import teacher as teacher_lib
-from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float as float_layers
-from clusterq_jax.layers import protocol
-from clusterq_jax.models import registry
+from clusterq_jax.layers import float_layers
+from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.preprocessing import Preprocessing
+from clusterq_jax.modes import dryrun
+from clusterq_jax.weights import teacher as teacher_lib
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 'configs'
 CLASSES = 1000

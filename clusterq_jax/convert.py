@@ -14,10 +14,11 @@ import sys
 
 from absl import flags
 
-from clusterq_jax import command_line, teacher
+from clusterq_jax import command_line
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
+from clusterq_jax.weights import teacher
 
 _ARCH = flags.DEFINE_enum('arch', None, registry.names(), 'Architecture.')
 _INPUT = flags.DEFINE_string('input', None, 'Weights file to read.')
@@ -51,7 +52,7 @@ def convert(
     output: file to write, .safetensors.
     class_names: one per class, or none.
     entry: of the source, see `weights.load`.
-    **preprocessing: fields of `data.Preprocessing`; None: by convention.
+    **preprocessing: fields of `Preprocessing`; None: by convention.
 
   Returns:
     What was mapped, and a warning where nothing says what input is expected.

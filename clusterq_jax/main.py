@@ -17,18 +17,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from clusterq_jax import (
-  command_line,
-  dryrun,
-  export,
-  html_report,
-  report,
-  sharding,
-  train,
-)
+from clusterq_jax import command_line, sharding
 from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.preemption import Preempted
+from clusterq_jax.modes import dryrun, export, train
+from clusterq_jax.report import closing_table as report
+from clusterq_jax.report import page as html_report
+from clusterq_jax.runtime.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Python file that says what to run, see configs/.'

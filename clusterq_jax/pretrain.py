@@ -26,10 +26,13 @@ import optax
 import tqdm
 from absl import app, flags
 
-from clusterq_jax import data, evaluation, losses, weights
+from clusterq_jax import data, weights
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import float_layers
+from clusterq_jax.method import losses
 from clusterq_jax.models import registry
+from clusterq_jax.models.preprocessing import Preprocessing
+from clusterq_jax.runtime import evaluation
 
 DEV_IMAGES = 5_000
 ARCH = 'resnet20'
@@ -56,7 +59,7 @@ def augment(key: jax.Array, x: jax.Array, shift: int = 2) -> jax.Array:
   return jax.vmap(crop)(x, starts)
 
 
-def _train_step(network, optimizer, prep: data.Preprocessing):
+def _train_step(network, optimizer, prep: Preprocessing):
   """(state, key, uint8 pixels, labels) -> state, compiled; state is donated."""
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -90,7 +93,7 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
   )
 
 
-def _metadata(prep: data.Preprocessing) -> dict[str, str]:
+def _metadata(prep: Preprocessing) -> dict[str, str]:
   fields = {k: json.dumps(v) for k, v in dataclasses.asdict(prep).items()}
   return fields | {
     'format': weights.FORMAT,
@@ -112,7 +115,7 @@ def main(argv: list[str]) -> None:
   images, labels = (a[:-DEV_IMAGES] for a in train)
   dev = data.Images(*(a[-DEV_IMAGES:] for a in train))
   scaled = images / 255
-  prep = data.Preprocessing(
+  prep = Preprocessing(
     image_size=images.shape[1:3],
     mean=(round(float(scaled.mean()), 4),),
     std=(round(float(scaled.std()), 4),),

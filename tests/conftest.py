@@ -23,10 +23,13 @@ from absl import flags
 from absl.testing import flagsaver
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from clusterq_jax import checkpoint, experiment, sharding, train, weights
 from clusterq_jax import main as main_lib
-from clusterq_jax.layers import float as float_layers
+from clusterq_jax import sharding, weights
+from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
+from clusterq_jax.modes import train
+from clusterq_jax.runtime import checkpoint
+from clusterq_jax.runtime import session as experiment
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 

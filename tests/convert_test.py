@@ -7,11 +7,11 @@ import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 
-from clusterq_jax import convert, teacher, weights
+from clusterq_jax import convert, weights
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
-from clusterq_jax.weights import fitting, layouts
+from clusterq_jax.weights import fitting, layouts, teacher
 
 
 @pytest.fixture

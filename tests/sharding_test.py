@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from clusterq_jax import checkpoint, sharding
+from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
+from clusterq_jax.runtime import checkpoint
 
 # --- Devices -----------------------------------------------------------------
 

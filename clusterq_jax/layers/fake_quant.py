@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from clusterq_jax.layers import channels, convolution, protocol
-from clusterq_jax.layers import float as float_layers
-from clusterq_jax.quant import numerics, rounding
-from clusterq_jax.quant.plan import Plan
-from clusterq_jax.statistics import (
+from clusterq_jax.layers import float_layers
+from clusterq_jax.models import protocol
+from clusterq_jax.ops import channels, convolution
+from clusterq_jax.ops.moments import (
   Statistics,
   batch_statistics,
   sample_moments,
 )
+from clusterq_jax.quant import numerics, rounding
+from clusterq_jax.quant.plan import Plan
 
 # Correction of a gain, up or down: where few images wake a channel, a ratio of
 # standard deviations says little.

@@ -8,10 +8,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from clusterq_jax.data import Preprocessing
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import protocol
-from clusterq_jax.models import imagenet_resnet, mobile, resnet
+from clusterq_jax.models import cifar_resnet, mobilenet, protocol, resnet
+from clusterq_jax.models.preprocessing import Preprocessing
 
 Builder = Callable[[protocol.LayerSet], nn.Module]
 # Layer name -> what its tensors are called; see `weights.layouts.Layout`.
@@ -26,7 +25,7 @@ class Architecture:
   Attributes:
     family: key of its weight layouts, `weights/layouts.py`.
     network: makes it, from `layers` and options such as `num_classes`.
-    preprocessing: what published weights expect, `data.Preprocessing` by field;
+    preprocessing: what published weights expect, `Preprocessing` by field;
       empty where nothing is usual.
     crop: in evaluation: side of the centre crop, of the resized image's shorter
       side.
@@ -61,7 +60,7 @@ _ARCHITECTURES = {
   **{
     f'resnet{depth}': Architecture(
       'cifar_resnet',
-      functools.partial(resnet.CifarResNet, depth=depth),
+      functools.partial(cifar_resnet.CifarResNet, depth=depth),
       source='download it from '
       'https://github.com/akamaster/pytorch_resnet_cifar10',
     )
@@ -70,24 +69,24 @@ _ARCHITECTURES = {
   **{
     f'resnet{depth}': Architecture(
       'resnet',
-      functools.partial(imagenet_resnet.ResNet, depth=depth),
+      functools.partial(resnet.ResNet, depth=depth),
       _IMAGENET,
       _CROP,
       _TORCHVISION.format(f'resnet{depth}'),
     )
-    for depth in imagenet_resnet.BLOCKS
+    for depth in resnet.BLOCKS
   },
   # pytorchcv's name for what torchvision calls resnet50.
   'resnet50b': Architecture(
     'resnet',
-    functools.partial(imagenet_resnet.ResNet, depth=50),
+    functools.partial(resnet.ResNet, depth=50),
     _IMAGENET,
     _CROP,
     _SAVE + 'pytorchcv.model_provider.get_model("resnet50b", pretrained=True)',
   ),
   'mobilenet_v2': Architecture(
     'mobilenet_v2',
-    functools.partial(mobile.MobileNet, stages=mobile.MOBILENET_V2),
+    functools.partial(mobilenet.MobileNet, stages=mobilenet.MOBILENET_V2),
     _IMAGENET,
     _CROP,
     _TORCHVISION.format('mobilenet_v2'),
@@ -96,7 +95,7 @@ _ARCHITECTURES = {
     f'efficientnet_lite{i}': Architecture(
       'efficientnet_lite',
       functools.partial(
-        mobile.MobileNet, stages=stages, padding='same', epsilon=1e-3
+        mobilenet.MobileNet, stages=stages, padding='same', epsilon=1e-3
       ),
       {'image_size': (side, side), **_LITE},
       side / (side + 32),
@@ -106,7 +105,7 @@ _ARCHITECTURES = {
       * (i < 3),
     )
     for i, (stages, side) in enumerate(
-      zip(mobile.EFFICIENTNET_LITE, (224, 240, 260, 280, 300), strict=True)
+      zip(mobilenet.EFFICIENTNET_LITE, (224, 240, 260, 280, 300), strict=True)
     )
   },
 }

@@ -1,58 +1,67 @@
-"""ResNet for small images (He et al. 2015, section 4.2): 6n + 2 layers.
+"""ResNet for ImageNet (He et al. 2015, table 1): 18, 34 and 50 layers.
 
-Both shortcut kinds: parameter-free (subsample, pad channels) and convolution +
-BatchNorm. Defaults belong to the CIFAR weights that exist for it; the input
-statistics of a particular weights file are the file's, not the architecture's.
+Four stages of 64 to 512 channels, four times as many at the output of a
+bottleneck. torchvision's ResNet-50 has the stride of a bottleneck in its 3x3
+convolution ("v1.5"), the paper's in the first 1x1.
 """
 
 import jax
 from flax import linen as nn
 
-from clusterq_jax.layers import protocol
+from clusterq_jax.models import protocol
 
-WIDTHS = (16, 32, 64)
+WIDTHS = (64, 128, 256, 512)
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+_EXPANSION = 4
 
 
-class CifarResNet(nn.Module):
-  """Three stages of n two-convolution blocks at 16, 32 and 64 channels.
+class ResNet(nn.Module):
+  """Residual stages after a 7x7 convolution and a max pool.
 
   Attributes:
     layers: what the network is built from.
-    depth: 6n + 2.
+    depth: 18, 34 or 50.
     num_classes: length of the logits.
-    shortcut: 'pad' (parameter-free) or 'conv' (1x1 convolution + BatchNorm).
+    stride_first: strides are in the first convolution of a bottleneck.
   """
 
   layers: protocol.LayerSet
   depth: int
   num_classes: int
-  shortcut: str = 'pad'
+  stride_first: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] to logits [B, num_classes]."""
     layers = self.layers
     x = layers.input(name='input')(x)
-    x = layers.conv_bn(WIDTHS[0], 3, act='relu', name='stem')(x)
+    x = layers.conv_bn(64, 7, strides=2, act='relu', name='stem')(x)
+    x = layers.max_pool(kernel=3, strides=2, padding=1, name='stem_pool')(x)
     for stage, width in enumerate(WIDTHS, 1):
-      for block in range(1, (self.depth - 2) // 6 + 1):
+      for block in range(1, BLOCKS[self.depth][stage - 1] + 1):
         strides = 2 if stage > 1 and block == 1 else 1
         name = f'stage{stage}_block{block}'
-        y = layers.conv_bn(
-          width, 3, strides=strides, act='relu', name=f'{name}_conv1'
-        )(x)
-        y = layers.conv_bn(width, 3, name=f'{name}_conv2')(y)
-        if strides > 1:
-          x = self._shortcut(x, width, strides, f'{name}_shortcut')
+        if self.depth < 50:
+          y, features = self._basic(x, width, strides, name), width
+        else:
+          y = self._bottleneck(x, width, strides, name)
+          features = _EXPANSION * width
+        if block == 1 and (stage > 1 or features != width):
+          x = layers.conv_bn(
+            features, 1, strides=strides, name=f'{name}_shortcut'
+          )(x)
         x = layers.add(act='relu', name=f'{name}_add')(x, y)
     x = layers.global_avg_pool(name='pool')(x)
     return layers.dense(self.num_classes, name='classifier')(x)
 
-  def _shortcut(self, x, width, strides, name):
-    if self.shortcut == 'pad':
-      factory = self.layers.pad_shortcut(
-        features=width, strides=strides, name=name
-      )
-    else:
-      factory = self.layers.conv_bn(width, 1, strides=strides, name=name)
-    return factory(x)
+  def _basic(self, x, width, strides, name):
+    conv_bn = self.layers.conv_bn
+    x = conv_bn(width, 3, strides=strides, act='relu', name=f'{name}_conv1')(x)
+    return conv_bn(width, 3, name=f'{name}_conv2')(x)
+
+  def _bottleneck(self, x, width, strides, name):
+    conv_bn = self.layers.conv_bn
+    first, second = (strides, 1) if self.stride_first else (1, strides)
+    x = conv_bn(width, 1, strides=first, act='relu', name=f'{name}_conv1')(x)
+    x = conv_bn(width, 3, strides=second, act='relu', name=f'{name}_conv2')(x)
+    return conv_bn(_EXPANSION * width, 1, name=f'{name}_conv3')(x)

@@ -20,9 +20,8 @@ import jax
 import numpy as np
 
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float as float_layers
-from clusterq_jax.layers import protocol
-from clusterq_jax.models import registry
+from clusterq_jax.layers import float_layers
+from clusterq_jax.models import protocol, registry
 from clusterq_jax.weights import files, layouts
 
 FORMAT = 'clusterq-jax teacher 1'

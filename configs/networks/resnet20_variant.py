@@ -8,9 +8,8 @@ activation after an add but at the end of a stage, a classifier on averages of
 import jax
 from flax import linen as nn
 
-from clusterq_jax.data import Preprocessing
-from clusterq_jax.layers import protocol
-from clusterq_jax.models import registry
+from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.preprocessing import Preprocessing
 
 
 class Variant(nn.Module):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from clusterq_jax import config as config_lib
-from clusterq_jax import metrics, weights
+from clusterq_jax import weights
+from clusterq_jax.runtime import metrics
 
 
 def _refused(outcome, *expected):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clusterq_jax import export, load_student, train
+from clusterq_jax import load_student
+from clusterq_jax.modes import export, train
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from clusterq_jax import config, load_student, train
+from clusterq_jax import config, load_student
 from clusterq_jax.models import registry
+from clusterq_jax.modes import train
 
 _CONFIG = (
   pathlib.Path(__file__).resolve().parents[2]

@@ -8,8 +8,11 @@ import struct
 import numpy as np
 import pytest
 
-from clusterq_jax import diagnostics, html_report, load_student, metrics
-from clusterq_jax.layers import float as float_layers
+from clusterq_jax import load_student
+from clusterq_jax.layers import float_layers
+from clusterq_jax.report import diagnostics
+from clusterq_jax.report import page as html_report
+from clusterq_jax.runtime import metrics
 
 _SECTIONS = (
   'summary drop-by-class curves images features classes quantization export'

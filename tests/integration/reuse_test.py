@@ -5,8 +5,9 @@ import runpy
 
 import pytest
 
-from clusterq_jax import student, train
+from clusterq_jax.deploy import student
 from clusterq_jax.errors import InputError
+from clusterq_jax.modes import train
 
 
 @pytest.fixture(scope='module')

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 import clusterq_jax
-from clusterq_jax import data, forecast, metrics, train, weights
-from clusterq_jax import workdir as workdir_lib
+from clusterq_jax import data, weights
 from clusterq_jax.errors import InputError
-from clusterq_jax.evaluation import on_images
-from clusterq_jax.layers import fake_quant
-from clusterq_jax.layers import float as float_layers
+from clusterq_jax.layers import fake_quant, float_layers
+from clusterq_jax.modes import train
+from clusterq_jax.runtime import forecast, metrics
+from clusterq_jax.runtime import workdir as workdir_lib
+from clusterq_jax.runtime.evaluation import on_images
 
 _STEPS = 10
 

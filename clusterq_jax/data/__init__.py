@@ -1,0 +1,21 @@
+"""Labelled images for evaluation; quantization never sees them."""
+
+from clusterq_jax.data.assets import ASSETS
+from clusterq_jax.data.images import (
+  FASHION_MNIST_CLASSES,
+  Images,
+  load,
+  read_fashion_mnist,
+  read_idx,
+  read_npz,
+)
+
+__all__ = [
+  'ASSETS',
+  'FASHION_MNIST_CLASSES',
+  'Images',
+  'load',
+  'read_fashion_mnist',
+  'read_idx',
+  'read_npz',
+]

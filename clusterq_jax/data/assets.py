@@ -1,0 +1,5 @@
+"""The folder of files that come with the package."""
+
+import pathlib
+
+ASSETS = pathlib.Path(__file__).parents[1] / 'assets'

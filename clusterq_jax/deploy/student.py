@@ -1,0 +1,213 @@
+"""A finished student on disk: one safetensors file, and its loading.
+
+The file holds everything that inference needs (parameters, BatchNorm
+statistics, quantizer steps; architecture, bits and preprocessing in
+the header), not the teacher, the generator or the optimisers.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clusterq_jax import precision
+from clusterq_jax import weights as weights_lib
+from clusterq_jax.deploy import integer
+from clusterq_jax.errors import InputError
+from clusterq_jax.layers import fake_quant
+from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.preprocessing import Preprocessing
+from clusterq_jax.quant import plan as plan_lib
+
+FILE = 'student.safetensors'
+FORMAT = 'clusterq-jax student 1'
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['variables'],
+  meta_fields=[
+    'preprocessing',
+    'bits',
+    'class_names',
+    'graph',
+    'plan',
+    '_network',
+  ],
+)
+@dataclasses.dataclass(frozen=True)
+class Student:
+  """A quantized network, ready for inference; a pytree of its variables.
+
+  Attributes:
+    variables: {'params', 'batch_stats', 'quant'}.
+    preprocessing: applied by `logits`.
+    bits: bit widths and placement.
+    class_names: K names, or ().
+    graph: the architecture's wiring.
+    plan: its quantizers.
+  """
+
+  variables: dict[str, Any]
+  preprocessing: Preprocessing
+  bits: plan_lib.Bits
+  class_names: tuple[str, ...]
+  graph: protocol.Graph
+  plan: plan_lib.Plan
+  _network: Any
+
+  @precision.in_float32
+  def logits(self, images: Any) -> jax.Array:
+    """uint8 images [B, H, W, C], RGB, to logits [B, K].
+
+    Takes an array, or what `numpy.asarray` makes one of: a list of images.
+
+    Compiled for every B. In a `jit` of your own, let the student be an argument
+    of the function: else its weights are constants of the program, and an
+    ImageNet network takes minutes to compile.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    expected = (
+      f'expected uint8 [B, {", ".join(map(str, self.preprocessing.shape))}]'
+    )
+    if not isinstance(images, (jax.Array, jax.core.ShapedArray)):
+      try:
+        images = np.asarray(images)
+      except ValueError as e:  # a ragged list
+        raise ValueError(f'images: {e}; {expected}') from e
+    if images.dtype != jnp.uint8 or images.shape[1:] != (
+      self.preprocessing.shape
+    ):
+      raise ValueError(
+        f'images are {images.dtype} {list(images.shape)}; {expected}'
+      )
+    return _logits(self, images)
+
+  @precision.in_float32
+  def integer(self) -> integer.Folded:
+    """The network that an integer runtime executes.
+
+    Raises:
+      InputError: the placement leaves tensors in float.
+    """
+    if self.bits.placement != 'integer':
+      raise InputError(
+        f'the student has config.quant.placement={self.bits.placement!r}, '
+        "which leaves residual adds in float; expected 'integer': quantize "
+        'again with --config.quant.placement=integer, in another workdir'
+      )
+    return integer.fold(
+      self.graph, self.plan, self.variables, self.preprocessing
+    )
+
+
+@jax.jit
+def _logits(student: Student, images: jax.Array) -> jax.Array:
+  x = student.preprocessing.normalize(images)
+  return student._network.apply(student.variables, x)
+
+
+def save(
+  path: pathlib.Path,
+  variables: Mapping[str, Any],
+  arch: str,
+  options: Mapping[str, Any],
+  bits: plan_lib.Bits,
+  learned: bool,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...],
+) -> None:
+  """Writes a student; see `Student` for the arguments."""
+  metadata = {
+    'format': FORMAT,
+    'arch': arch,
+    'options': json.dumps(dict(options)),
+    'bits': json.dumps(dataclasses.asdict(bits)),
+    'learned': json.dumps(learned),
+    'preprocessing': json.dumps(dataclasses.asdict(preprocessing)),
+    'class_names': json.dumps(class_names),
+  }
+  weights_lib.write_safetensors(
+    path, jax.tree.map(np.asarray, dict(variables)), metadata
+  )
+
+
+@precision.in_float32
+def load(path: str | pathlib.Path) -> Student:
+  """Loads a finished student.
+
+  JAX does not survive a fork: load the student in the process that uses it, and
+  start other processes with multiprocessing's 'spawn' method.
+
+  Args:
+    path: a workdir, or the file in it.
+
+  Raises:
+    InputError: there is none, or the file is something else.
+  """
+  path = pathlib.Path(path)
+  file = path / FILE if path.is_dir() else path
+  if not file.exists():
+    raise InputError(f'{path}: no finished student; expected {FILE}')
+  tensors, metadata = weights_lib.read_tensors(file)
+  if metadata.get('format') != FORMAT:
+    raise InputError(
+      f'{file}: format {metadata.get("format")!r}; expected {FORMAT!r}'
+    )
+  try:
+    student = _make(tensors, metadata)
+    images = jax.ShapeDtypeStruct((1, *student.preprocessing.shape), np.uint8)
+    jax.eval_shape(student.logits, images)
+  except InputError as e:
+    raise InputError(f'{file}: {e}') from e
+  except Exception as e:  # a damaged header can raise anything
+    reason = (str(e).strip() or repr(e)).splitlines()[0]
+    raise InputError(
+      f'{file}: damaged, or not a student ({type(e).__name__}: {reason})'
+    ) from e
+  return student
+
+
+def _make(
+  tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> Student:
+  raw: dict[str, Any] = json.loads(metadata['preprocessing'])
+  lists = ('image_size', 'mean', 'std')
+  raw |= {key: tuple(raw[key]) for key in lists}
+  preprocessing = Preprocessing(**raw)
+  build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
+  bits = plan_lib.Bits(**json.loads(metadata['bits']))
+  graph = protocol.trace(build)
+  plan = plan_lib.make_plan(
+    graph,
+    bits,
+    json.loads(metadata['learned']),
+    preprocessing.limit,
+  )
+  variables = weights_lib.unflatten(tensors)
+  for name, output in plan.outputs:
+    if output.zero_point:
+      middle = 2 ** (output.bits - 1)  # of files from before zero points
+      zero = variables['quant'][name].setdefault('zero_point', middle)
+      if not 0 <= zero < 2**output.bits or zero != np.rint(zero):
+        raise InputError(
+          f'quant.{name}.zero_point={zero}; expected a whole number from 0 to '
+          f'{2**output.bits - 1}'
+        )
+  return Student(
+    variables=variables,
+    preprocessing=preprocessing,
+    bits=bits,
+    class_names=tuple(json.loads(metadata['class_names'])),
+    graph=graph,
+    plan=plan,
+    _network=build(fake_quant.layer_set(plan)),
+  )

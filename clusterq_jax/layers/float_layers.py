@@ -1,0 +1,158 @@
+"""The float layer set: the teacher.
+
+Every `conv_bn` can record the moments of its BatchNorm input, per sample and
+channel over space, in the collection `moments`: all class and batch statistics
+of the method derive from these (method of the paper, eqs. 4-9), and the feature
+maps themselves need not stay alive.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clusterq_jax.models import protocol
+from clusterq_jax.ops import convolution
+from clusterq_jax.ops.moments import Moments, sample_moments
+
+RELU6 = 6.0
+_PRETRAIN_MOMENTUM = 0.9
+
+
+def activate(x: jax.Array, act: protocol.Activation) -> jax.Array:
+  if act == 'relu6':
+    return jnp.clip(x, 0, RELU6)
+  return jax.nn.relu(x) if act == 'relu' else x
+
+
+def pad_channels(x: jax.Array, features: int, strides: int) -> jax.Array:
+  """[B, H, W, C] to [B, H / strides, W / strides, features], zeros around C."""
+  before = (features - x.shape[-1]) // 2
+  after = features - x.shape[-1] - before
+  x = x[:, ::strides, ::strides]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))
+
+
+def max_pool(
+  x: jax.Array, kernel: int, strides: int, padding: int
+) -> jax.Array:
+  """Square windows; padding on each side."""
+  return nn.max_pool(
+    x, (kernel, kernel), (strides, strides), ((padding, padding),) * 2
+  )
+
+
+def avg_pool(x: jax.Array, kernel: int, strides: int) -> jax.Array:
+  """Square windows, none of them beyond the edge."""
+  return nn.avg_pool(x, (kernel, kernel), (strides, strides))
+
+
+def flatten(x: jax.Array) -> jax.Array:
+  """[B, C] or [B, H, W, C] to [B, features]: channel, row, column."""
+  return jax.lax.collapse(jnp.moveaxis(x, -1, 1), 1)
+
+
+class ConvBN(nn.Module):
+  """Convolution, BatchNorm, activation.
+
+  Params `kernel` [kh, kw, I / groups, O], `scale` [O], `bias` [O];
+  batch_stats `mean` [O], `var` [O].
+  """
+
+  features: int
+  kernel: int
+  strides: int = 1
+  padding: protocol.Padding = None
+  groups: int = 1
+  act: protocol.Activation = None
+  epsilon: float = protocol.EPSILON
+  dtype: convolution.DType = None
+  train: bool = False
+  tap: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
+    kernel = self.param(
+      'kernel', nn.initializers.he_normal(), (*shape, self.features)
+    )
+    scale = self.param('scale', nn.initializers.ones, (self.features,))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
+    var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
+    h = convolution.conv2d(
+      x, kernel, self.strides, self.padding, self.groups, self.dtype
+    )
+    if self.tap:
+      self.sow(
+        'moments',
+        'input',
+        sample_moments(h),
+        reduce_fn=lambda _, new: new,
+        init_fn=lambda: None,
+      )
+    m, v = mean.value, var.value
+    if self.train:
+      m, v = jnp.mean(h, (0, 1, 2)), jnp.var(h, (0, 1, 2))
+      if not self.is_initializing():
+        for stored, new in ((mean, m), (var, v)):
+          stored.value += (1 - _PRETRAIN_MOMENTUM) * (new - stored.value)
+    gain = scale * jax.lax.rsqrt(v + self.epsilon)
+    return activate(h * gain + (bias - m * gain), self.act)
+
+
+class Dense(nn.Module):
+  """Params `kernel` [I, O], `bias` [O]."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = flatten(x)
+    kernel = self.param(
+      'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+    )
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    return x @ kernel + bias
+
+
+def layer_set(
+  train: bool = False, tap: bool = False, dtype: convolution.DType = None
+) -> protocol.LayerSet:
+  """The float layers.
+
+  Args:
+    dtype: what convolutions compute in, see `conv2d`.
+    train: BatchNorm uses and updates batch statistics (pretraining only).
+    tap: record BatchNorm-input moments in the collection `moments`.
+  """
+
+  def no_weights(function):
+    # Layers without variables need no module, only the factory's signature.
+    def factory(*args, name: str, **kwargs):
+      del name
+      return functools.partial(function, *args, **kwargs)
+
+    return factory
+
+  return protocol.LayerSet(
+    input=no_weights(lambda x: x),
+    conv_bn=functools.partial(ConvBN, train=train, tap=tap, dtype=dtype),
+    dense=Dense,
+    add=no_weights(lambda x, y, act=None: activate(x + y, act)),
+    pad_shortcut=no_weights(pad_channels),
+    max_pool=no_weights(max_pool),
+    avg_pool=no_weights(avg_pool),
+    global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2))),
+  )
+
+
+def ordered_moments(
+  collections: Any, graph: protocol.Graph
+) -> tuple[Moments, ...]:
+  """The recorded moments in the network's forward order (Flax sorts keys)."""
+  return tuple(
+    collections['moments'][name]['input'] for name in graph.batch_norms
+  )

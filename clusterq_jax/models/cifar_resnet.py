@@ -1,0 +1,58 @@
+"""ResNet for small images (He et al. 2015, section 4.2): 6n + 2 layers.
+
+Both shortcut kinds: parameter-free (subsample, pad channels) and convolution +
+BatchNorm. Defaults belong to the CIFAR weights that exist for it; the input
+statistics of a particular weights file are the file's, not the architecture's.
+"""
+
+import jax
+from flax import linen as nn
+
+from clusterq_jax.models import protocol
+
+WIDTHS = (16, 32, 64)
+
+
+class CifarResNet(nn.Module):
+  """Three stages of n two-convolution blocks at 16, 32 and 64 channels.
+
+  Attributes:
+    layers: what the network is built from.
+    depth: 6n + 2.
+    num_classes: length of the logits.
+    shortcut: 'pad' (parameter-free) or 'conv' (1x1 convolution + BatchNorm).
+  """
+
+  layers: protocol.LayerSet
+  depth: int
+  num_classes: int
+  shortcut: str = 'pad'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_classes]."""
+    layers = self.layers
+    x = layers.input(name='input')(x)
+    x = layers.conv_bn(WIDTHS[0], 3, act='relu', name='stem')(x)
+    for stage, width in enumerate(WIDTHS, 1):
+      for block in range(1, (self.depth - 2) // 6 + 1):
+        strides = 2 if stage > 1 and block == 1 else 1
+        name = f'stage{stage}_block{block}'
+        y = layers.conv_bn(
+          width, 3, strides=strides, act='relu', name=f'{name}_conv1'
+        )(x)
+        y = layers.conv_bn(width, 3, name=f'{name}_conv2')(y)
+        if strides > 1:
+          x = self._shortcut(x, width, strides, f'{name}_shortcut')
+        x = layers.add(act='relu', name=f'{name}_add')(x, y)
+    x = layers.global_avg_pool(name='pool')(x)
+    return layers.dense(self.num_classes, name='classifier')(x)
+
+  def _shortcut(self, x, width, strides, name):
+    if self.shortcut == 'pad':
+      factory = self.layers.pad_shortcut(
+        features=width, strides=strides, name=name
+      )
+    else:
+      factory = self.layers.conv_bn(width, 1, strides=strides, name=name)
+    return factory(x)

@@ -1,0 +1,292 @@
+"""What shows how a run went: features, classes apart, errors layer by layer.
+
+Numbers only; `html_report` draws them. What a layer sees or gives is read off
+the layer sets by intercepting their methods: no layer knows of this module.
+
+Shapes: N images, K classes, C_l channels of layer l.
+"""
+
+import importlib.util
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from clusterq_jax.deploy.student import Student
+from clusterq_jax.layers import fake_quant, float_layers
+from clusterq_jax.method.centroids import RawMoments
+from clusterq_jax.quant import numerics
+from clusterq_jax.weights.teacher import Teacher
+
+_PIXELS = 2**19  # per forward pass: 512 images of 32 x 32, 10 of 224 x 224
+_TIMING_S = 1.0  # per file
+
+
+def batch_size(shape: Sequence[int]) -> int:
+  """Images per forward pass, of images [N, H, W, C]."""
+  _, height, width, _ = shape
+  return max(1, _PIXELS // (height * width))
+
+
+def pooled_features(
+  teacher: Teacher, images: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Teacher features averaged over space, as class statistics see them.
+
+  Args:
+    teacher: the network.
+    images: uint8 [N, H, W, C].
+
+  Returns:
+    By layer, in forward order, the means of every BatchNorm's input and the
+    input of the classifier, [N, C_l]; and the teacher's answers, int [N].
+  """
+  graph = teacher.graph
+  network = teacher.build(float_layers.layer_set(tap=True))
+  classifier = graph.weighted[-1]
+
+  @jax.jit
+  def forward(variables, pixels):
+    seen = {}
+
+    def note(call, args, kwargs, context):
+      if context.module.name == classifier:
+        seen[classifier] = float_layers.flatten(args[0])
+      return call(*args, **kwargs)
+
+    x = teacher.preprocessing.normalize(pixels)
+    with nn.intercept_methods(note):
+      logits, taps = network.apply(variables, x, mutable=['moments'])
+    moments = float_layers.ordered_moments(taps, graph)
+    means = {
+      name: m.mean for name, m in zip(graph.batch_norms, moments, strict=True)
+    }
+    return means | seen, jnp.argmax(logits, -1)
+
+  size = min(len(images), batch_size(images.shape))
+  parts = []
+  for start in range(0, len(images), size):
+    batch = images[start : start + size]
+    missing = size - len(batch)
+    padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    found = jax.device_get(forward(teacher.variables, padded))
+    parts.append(jax.tree.map(lambda a: a[: len(batch)], found))  # noqa: B023
+  features, answers = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+  # A dict that went through jit has sorted keys.
+  order = (*graph.batch_norms, classifier)
+  return {name: features[name] for name in order}, answers
+
+
+class Separation(NamedTuple):
+  """How far apart classes are at one layer.
+
+  The unit is the spread within a class: the root of the mean squared distance
+  of an image to the mean of its class.
+
+  Attributes:
+    distances: Euclidean, between the means of two classes, [K, K].
+    ratio: the root of their mean square, over pairs of classes.
+  """
+
+  distances: np.ndarray
+  ratio: float
+
+
+def _separation(
+  mean: np.ndarray, var: np.ndarray, noise: np.ndarray
+) -> Separation:
+  """Of means and variances [K, C]; noise: variance of the means' error [K]."""
+  unit = max(float(var.sum(-1).mean()), 1e-12)
+  squared = np.square(mean[:, None] - mean[None]).sum(-1) / unit
+  pairs = squared[np.triu_indices(len(mean), 1)]
+  between = pairs.mean() - 2 * noise.mean() / unit
+  return Separation(np.sqrt(squared), float(np.sqrt(max(between, 0.0))))
+
+
+def separation_of_features(
+  features: np.ndarray, labels: np.ndarray
+) -> Separation:
+  """Of pooled features [N, C]; without the noise of few images in `ratio`.
+
+  Classes with fewer than two images are left out; NaN if less than two remain.
+  """
+  groups = [features[labels == k] for k in np.unique(labels)]
+  groups = [group for group in groups if len(group) > 1]
+  if len(groups) < 2:
+    return Separation(np.zeros((0, 0)), math.nan)
+  var = np.stack([group.var(0, ddof=1) for group in groups])
+  counts = np.array([len(group) for group in groups])
+  mean = np.stack([group.mean(0) for group in groups])
+  return _separation(mean, var, var.sum(-1) / counts)
+
+
+def separation_of_centroids(layer: RawMoments, rows: np.ndarray) -> Separation:
+  """Of the centroids of the classes `rows`, two or more, at one layer."""
+  mean, square = (np.asarray(a)[rows] for a in (layer.mean, layer.square))
+  var = np.maximum(square - np.square(mean), 0.0)
+  return _separation(mean, var, np.zeros(len(rows)))
+
+
+class WeightError(NamedTuple):
+  """A layer's quantized weights against the teacher's.
+
+  Attributes:
+    bits: bit width.
+    sqnr: signal to quantization noise, dB; training's changes count as noise.
+    levels: share of the integer levels in use, mean over output channels.
+    clipped: share of the teacher's weights that lie outside of the range.
+  """
+
+  bits: int
+  sqnr: float
+  levels: float
+  clipped: float
+
+
+class OutputError(NamedTuple):
+  """A quantizer on a layer's output, on some images.
+
+  Attributes:
+    bits: bit width.
+    rounding: signal to quantization noise of this quantizer alone, dB.
+    sqnr: the same against the teacher's output: all that came before counts.
+    levels: share of the integer levels in use.
+    clipped: share of values outside of the range.
+  """
+
+  bits: int
+  rounding: float
+  sqnr: float
+  levels: float
+  clipped: float
+
+
+def _decibel(signal: Any, noise: Any) -> float:
+  return 10 * float(np.log10(max(float(signal), 1e-30) / max(noise, 1e-30)))
+
+
+def weight_errors(teacher: Teacher, student: Student) -> dict[str, WeightError]:
+  """By layer with weights, in forward order."""
+  errors = {}
+  for name, bits in student.plan.weights:
+    low, high = numerics.weight_range(bits)
+    float_ = np.asarray(teacher.variables['params'][name]['kernel'])
+    kernel = jnp.asarray(student.variables['params'][name]['kernel'])
+    if student.plan.learned:
+      step = jnp.exp(student.variables['quant'][name]['weights'])
+    else:
+      step = numerics.max_step(kernel, high, tuple(range(kernel.ndim - 1)))
+    quantized = np.asarray(numerics.fake_quant(kernel, step, low, high))
+    channels = quantized.reshape(-1, quantized.shape[-1]).T
+    used = np.mean([len(np.unique(channel)) for channel in channels])
+    errors[name] = WeightError(
+      bits=bits,
+      sqnr=_decibel(np.sum(float_**2), np.sum((float_ - quantized) ** 2)),
+      levels=float(used) / (high - low + 1),
+      clipped=float(np.mean(np.abs(float_ / step) > high + 0.5)),
+    )
+  return errors
+
+
+def output_errors(
+  teacher: Teacher, student: Student, images: np.ndarray
+) -> dict[str, OutputError]:
+  """By layer whose output is quantized, in forward order.
+
+  Args:
+    teacher: of the student.
+    student: the quantized network.
+    images: uint8 [N, H, W, C], in one batch.
+  """
+  plan = student.plan
+  network = teacher.build(fake_quant.layer_set(plan))
+
+  def outputs(variables, x, quantize: bool):
+    """Before and after each quantizer; without, the network is the teacher."""
+    seen = {}
+
+    def note(call, args, kwargs, context):
+      if context.method_name == 'quantize_weights' and not quantize:
+        return args[0]
+      if context.method_name == 'quantize_output':
+        y = call(*args, **kwargs) if quantize else args[0]
+        seen[context.module.name] = args[0], y
+        return y
+      return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+      network.apply(variables, x)
+    return seen
+
+  @jax.jit
+  def measure(student_variables, teacher_variables, pixels):
+    x = student.preprocessing.normalize(pixels)
+    ours = outputs(student_variables, x, quantize=True)
+    theirs = outputs(teacher_variables, x, quantize=False)
+    found = {}
+    for name, output in plan.outputs:
+      own = student_variables['quant'].get(name, {})
+      low, high = output.codes(own.get('zero_point'))
+      if output.step is None:
+        step = jnp.exp(own['output'])
+      else:
+        step = jnp.float32(output.step)
+      before, after = ours[name]
+      target = theirs[name][0]
+      codes = jnp.round(before / step)
+      inside = jnp.clip(codes, low, high).astype(jnp.int32) - low
+      used = jnp.bincount(inside.ravel(), length=2**output.bits) > 0
+      found[name] = (
+        jnp.mean(before**2),
+        jnp.mean((before - after) ** 2),
+        jnp.mean(target**2),
+        jnp.mean((target - after) ** 2),
+        jnp.mean(used),
+        jnp.mean((codes < low) | (codes > high)),
+      )
+    return found
+
+  found = jax.device_get(measure(student.variables, teacher.variables, images))
+  errors = {}
+  for name, output in plan.outputs:
+    signal, rounding, target, difference, levels, clipped = found[name]
+    errors[name] = OutputError(
+      bits=output.bits,
+      rounding=_decibel(signal, rounding),
+      sqnr=_decibel(target, difference),
+      levels=float(levels),
+      clipped=float(clipped),
+    )
+  return errors
+
+
+def latency(file: pathlib.Path) -> float | None:
+  """Median seconds of one image on one thread of ONNX Runtime, measured now.
+
+  None without the package onnxruntime.
+  """
+  if importlib.util.find_spec('onnxruntime') is None:
+    return None
+  import onnxruntime  # optional
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = options.inter_op_num_threads = 1
+  session = onnxruntime.InferenceSession(
+    str(file), options, providers=['CPUExecutionProvider']
+  )
+  _, *shape = session.get_inputs()[0].shape
+  image = np.random.RandomState(0).randint(0, 256, (1, *shape), np.uint8)
+  times: list[float] = []
+  began = time.perf_counter()
+  while len(times) < 5 or time.perf_counter() - began < _TIMING_S:
+    start = time.perf_counter()
+    session.run(None, {'images': image})
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)

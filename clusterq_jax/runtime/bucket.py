@@ -1,0 +1,169 @@
+"""Workdirs in a bucket, gs://BUCKET/PATH: a local copy, and its upload.
+
+A mode works on the copy. What it changed is uploaded after every checkpoint and
+at the end, also of a run that fails; one that is killed resumes from what the
+bucket holds. A bucket has no locks: a second run on the same path is not
+noticed.
+"""
+
+import functools
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from clusterq_jax.errors import InputError
+from clusterq_jax.runtime.preemption import Preempted
+
+PREFIX = 'gs://'
+# A checkpoint without it is not whole.
+_WHOLE = '_CHECKPOINT_METADATA'
+# What is being written, and what means something on this machine alone.
+_LOCAL = ('.tmp', '.lock', '.orbax-checkpoint-tmp')
+
+
+class _Copy:
+  """A workdir in a bucket, and its copy.
+
+  Attributes:
+    url: of the workdir.
+    folder: the copy.
+  """
+
+  def __init__(self, url: str):
+    """Downloads all that is there."""
+    self.url = url.rstrip('/')
+    self._root = self.url.removeprefix(PREFIX)
+    self._files = _file_system(url)
+    self.folder = pathlib.Path(tempfile.mkdtemp(prefix='clusterq-')).resolve()
+    try:
+      self._download()
+    except Exception as e:  # the network and the service raise many kinds
+      self.remove()
+      raise InputError(f'{url}: cannot be read ({_reason(e)})') from e
+
+  def _download(self) -> None:
+    found = {
+      name.removeprefix(f'{self._root}/')
+      for name in self._files.find(self._root)
+    }
+    for name in found:
+      folders = name.split('/')
+      if folders[0] == 'checkpoints':
+        if '/'.join([*folders[:2], _WHOLE]) not in found:
+          continue
+      path = self.folder / name
+      if not path.resolve().is_relative_to(self.folder):
+        raise ValueError(f'{name!r} leads out of the workdir')
+      path.parent.mkdir(parents=True, exist_ok=True)
+      self._files.get_file(f'{self._root}/{name}', str(path))
+    # What was left behind is removed by the next upload.
+    self._sent = {**dict.fromkeys(found, (0, 0)), **self._present()}
+
+  def _present(self) -> dict[str, tuple[int, int]]:
+    """Time and size of every file to upload, by its name in the workdir."""
+    found = {}
+    for path in self.folder.rglob('*'):
+      name = path.relative_to(self.folder).as_posix()
+      if path.is_file() and not any(part in name for part in _LOCAL):
+        stat = path.stat()
+        found[name] = stat.st_mtime_ns, stat.st_size
+    return found
+
+  def upload(self) -> None:
+    """Makes the bucket hold what the copy holds."""
+    present = self._present()
+    changed = [n for n, what in present.items() if self._sent.get(n) != what]
+    gone = self._sent.keys() - present.keys()
+    try:
+      # A checkpoint's mark is the last to come and the first to go.
+      for name in sorted(changed, key=_is_mark):
+        self._files.put_file(str(self.folder / name), f'{self._root}/{name}')
+      for name in sorted(gone, key=_is_mark, reverse=True):
+        self._files.rm_file(f'{self._root}/{name}')
+    except Exception as e:
+      raise InputError(
+        f'{self.url}: cannot be written ({_reason(e)}); the results so far are '
+        f'in {self.folder}'
+      ) from e
+    self._sent = present
+
+  def remove(self) -> None:
+    shutil.rmtree(self.folder)
+
+
+_copies: dict[pathlib.Path, _Copy] = {}
+
+
+def _is_mark(name: str) -> bool:
+  return name.endswith(_WHOLE)
+
+
+def _reason(e: Exception) -> str:
+  return f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0]
+
+
+def _file_system(url: str) -> Any:
+  try:
+    import fsspec  # optional
+
+    return fsspec.filesystem('gs')
+  except ImportError as e:
+    raise InputError(
+      f"{url}: needs the package gcsfs: pip install 'clusterq-jax[gcs]' or pip "
+      'install gcsfs'
+    ) from e
+
+
+def upload(folder: pathlib.Path) -> None:
+  """Uploads what changed in a workdir, where that is a bucket's copy.
+
+  Raises:
+    InputError: the bucket cannot be written to.
+  """
+  if folder in _copies:
+    _copies[folder].upload()
+
+
+def address(path: pathlib.Path) -> str:
+  """The path; of what is in a bucket's copy, its URL."""
+  for folder, copy in _copies.items():
+    if path.is_relative_to(folder):
+      return '/'.join((copy.url, *path.relative_to(folder).parts))
+  return str(path)
+
+
+def on_copy(mode: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+  """Lets a mode, called with config and workdir, work on buckets, too.
+
+  It then also raises InputError where the bucket cannot be read or written to,
+  gcsfs is not installed, or there are several processes.
+  """
+
+  @functools.wraps(mode)
+  def call(config, workdir: str) -> dict[str, Any]:
+    if not workdir.startswith(PREFIX):
+      return mode(config, workdir)
+    if not all(workdir.removeprefix(PREFIX).partition('/')):
+      raise InputError(f'{workdir}: expected gs://BUCKET/PATH')
+    if jax.process_count() > 1:
+      raise InputError(
+        f'{workdir}: several processes need a folder; mount the bucket on '
+        'every host, say with gcsfuse BUCKET /mnt/BUCKET, and give '
+        '--workdir=/mnt/BUCKET/...'
+      )
+    copy = _Copy(workdir)
+    _copies[copy.folder] = copy
+    try:
+      return mode(config, str(copy.folder))
+    except (InputError, Preempted) as e:
+      raise type(e)(str(e).replace(str(copy.folder), copy.url)) from e
+    finally:
+      del _copies[copy.folder]
+      copy.upload()
+      copy.remove()
+
+  return call

@@ -1,0 +1,131 @@
+"""Accuracy and agreement of networks, on real and on synthetic images."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clusterq_jax.data import Images
+from clusterq_jax.data.image_files import ImageFiles
+from clusterq_jax.errors import InputError
+
+Predict = Callable[[Any], jax.Array]
+_NAMED = 10  # unreadable files that are named
+
+
+def predictions(
+  networks: Sequence[Predict],
+  images: np.ndarray | ImageFiles,
+  batch_size: int,
+  saw: Callable[[np.ndarray], None] | None = None,
+) -> np.ndarray:
+  """The most likely class of every image, by every network.
+
+  The next batch is decoded while the device works: nothing waits for answers.
+
+  Args:
+    networks: compiled, uint8 [batch_size, H, W, C] to [batch_size, K].
+    images: uint8 [N, H, W, C], or what looks like it.
+    batch_size: images per call; the last batch is padded.
+    saw: is called with the images of every batch.
+
+  Returns:
+    int [len(networks), N].
+  """
+  answers = []
+  for start in range(0, len(images), batch_size):
+    batch = images[start : start + batch_size]
+    if saw is not None:
+      saw(batch)
+    missing = batch_size - len(batch)
+    padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    classes = [jnp.argmax(logits(padded), -1) for logits in networks]
+    answers.append([found[: len(batch)] for found in classes])
+  return np.concatenate(jax.device_get(answers), 1)
+
+
+def percent(right: np.ndarray) -> float:
+  return round(100 * float(np.mean(right)), 4)
+
+
+def _report(broken: Mapping[int, str], count: int) -> None:
+  for index in sorted(broken)[:_NAMED]:
+    print(f'unreadable: {broken[index]}', file=sys.stderr)
+  if broken:
+    print(f'left out: {len(broken)} of {count} images', file=sys.stderr)
+
+
+def on_images(
+  networks: Mapping[str, Predict], images: Images | None, batch_size: int
+) -> dict[str, Any]:
+  """Top-1 of each network, and its agreement with the one before it.
+
+  Args:
+    networks: 'teacher', and perhaps 'student' and 'deployed', in this order;
+      as in `predictions`.
+    images: real images, or None: every figure is then None.
+    batch_size: images per call.
+
+  Returns:
+    By network: `top1` in percent, and from the second on `n`, the number of
+    images, and `agreement` in percent. With images also `images`: their number
+    `n`, and a `digest` of pixels and labels, which tells whether two figures
+    are of the same images. With a student also `by_class`: `n` and the number
+    of right answers of each network, by class. Files that cannot be decoded are
+    named on stderr, and count for nothing.
+
+  Raises:
+    InputError: no image can be decoded.
+  """
+  results: dict[str, Any] = {}
+  answers: np.ndarray | None = None
+  labels = before = np.zeros(0, np.int32)
+  if images is not None:
+    digest = hashlib.blake2b(digest_size=6)
+    found = predictions(
+      list(networks.values()),
+      images.images,
+      batch_size,
+      lambda batch: digest.update(batch.tobytes()),
+    )
+    readable = np.ones(len(images.labels), bool)
+    if isinstance(images.images, ImageFiles):
+      readable[list(images.images.broken)] = False
+      _report(images.images.broken, len(readable))
+    answers, labels = found[:, readable], images.labels[readable]
+    if not len(labels):
+      raise InputError('eval.path: none of the images can be read')
+    digest.update(labels.astype('<i4').tobytes())
+    results['images'] = {'n': len(labels), 'digest': digest.hexdigest()}
+    if 'student' in networks:
+      results['by_class'] = _by_class(networks, answers, labels)
+  for i, name in enumerate(networks):
+    figures: dict[str, Any] = {'top1': None}
+    if i:
+      figures |= {'n': None, 'agreement': None}
+    if answers is not None:
+      figures['top1'] = percent(answers[i] == labels)
+      if i:
+        figures['n'] = len(labels)
+        figures['agreement'] = percent(answers[i] == before)
+      before = answers[i]
+    results[name] = figures
+  return results
+
+
+def _by_class(
+  networks: Mapping[str, Predict], answers: np.ndarray, labels: np.ndarray
+) -> dict[str, list[int]]:
+  """Images of each class, and how many of them each network is right on."""
+  count = int(labels.max()) + 1
+  return {
+    'n': np.bincount(labels, minlength=count).tolist(),
+    **{
+      name: np.bincount(labels[found == labels], minlength=count).tolist()
+      for name, found in zip(networks, answers, strict=True)
+    },
+  }

@@ -1,0 +1,258 @@
+"""The teacher: a float network, its weights, and what they expect as input."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+
+from clusterq_jax import weights as weights_lib
+from clusterq_jax.data.assets import ASSETS
+from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float_layers
+from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.preprocessing import Preprocessing
+
+_ORDERS = ('rgb', 'bgr', 'grey')
+_LARGEST = 2**15  # pixels of a side
+EMBEDDED = 'embedded'
+EMBEDDED_FILE = ASSETS / 'fashion_mnist_resnet20.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen float classifier.
+
+  Attributes:
+    build: makes the architecture from a layer set.
+    graph: the architecture's wiring.
+    variables: {'params', 'batch_stats'}, arrays.
+    preprocessing: what the weights expect of their input.
+    num_classes: K, read off the classifier.
+    options: the architecture's fields, read off the weights.
+    class_names: K names, or ().
+    notes: what the user should know before relying on the weights.
+  """
+
+  build: registry.Builder
+  graph: protocol.Graph
+  variables: dict[str, Any]
+  preprocessing: Preprocessing
+  num_classes: int
+  options: dict[str, Any]
+  class_names: tuple[str, ...]
+  notes: tuple[str, ...]
+
+
+def load(
+  arch: str,
+  path: str,
+  hint: str = '',
+  entry: str = '',
+  num_classes: int | None = None,
+  **preprocessing: Any,
+) -> Teacher:
+  """Loads a teacher.
+
+  Args:
+    arch: name of the architecture.
+    path: weights file, or 'embedded'.
+    hint: how to get the file, for the error when it is not there; '': as is
+      usual for the architecture.
+    entry: of the file, see `weights.load`.
+    num_classes: what the config expects; None takes what the file has.
+    **preprocessing: fields of `Preprocessing`; None means that the file's
+      metadata say it.
+
+  Raises:
+    InputError: no such file, unfit weights, or nothing says what they expect.
+  """
+  file = EMBEDDED_FILE if path == EMBEDDED else pathlib.Path(path)
+  if not file.exists():
+    hint = hint or registry.architecture(arch).source
+    raise InputError(
+      f'teacher.weights: no file {path}' + f'; {hint}' * bool(hint)
+    )
+  loaded = weights_lib.load(str(file), arch, entry)
+  options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
+  classes = int(loaded.options['num_classes'])
+  if num_classes is not None and num_classes != classes:
+    raise InputError(
+      f'{path}: the classifier has {classes} classes; '
+      f'config.teacher.num_classes={num_classes}'
+    )
+  build = registry.builder(arch, **options)
+  graph = protocol.trace(build)
+  expected = _preprocessing(path, arch, loaded, preprocessing)
+  _check_image_size(build, graph, loaded.variables, expected)
+  return Teacher(
+    build=build,
+    graph=graph,
+    variables=loaded.variables,
+    preprocessing=expected,
+    num_classes=classes,
+    options=options,
+    class_names=_class_names(path, loaded),
+    notes=loaded.notes,
+  )
+
+
+class ExpectedInput(NamedTuple):
+  """What weights expect of their input.
+
+  Attributes:
+    values: checked, by field of `Preprocessing`; fields that nothing tells are
+      missing.
+    assumed: fields whose values are only usual for the architecture.
+  """
+
+  values: dict[str, Any]
+  assumed: list[str]
+
+
+def expected_input(
+  path: str,
+  arch: str,
+  loaded: weights_lib.Loaded,
+  given: Mapping[str, Any],
+  given_as: str = 'config.teacher.',
+) -> ExpectedInput:
+  """What weights expect: as given, else as the file says, else as is usual.
+
+  Args:
+    path: of the weights.
+    arch: name of the architecture.
+    loaded: the weights.
+    given: by field of `Preprocessing`; None is not given.
+    given_as: what stands before a field's name where it was given.
+
+  Raises:
+    InputError: a value that cannot be meant; it names where that comes from.
+  """
+  values: dict[str, Any] = {}
+  origins: dict[str, str] = {}
+  assumed = []
+  usual = registry.architecture(arch).preprocessing
+  for name in (field.name for field in dataclasses.fields(Preprocessing)):
+    origins[name] = f'{path}: {name}'
+    if given.get(name) is not None:
+      values[name] = given[name]
+      origins[name] = f'{given_as}{name}'
+    elif name in loaded.metadata:
+      raw = loaded.metadata[name]
+      values[name] = raw if name == 'channel_order' else _json(path, name, raw)
+    elif name in usual:
+      values[name] = usual[name]
+      assumed.append(name)
+  _check_input(values, origins, int(loaded.options['in_channels']))
+  return ExpectedInput(values, assumed)
+
+
+def _check_input(
+  values: dict[str, Any], origins: Mapping[str, str], channels: int
+) -> None:
+  """Refuses what no image or network could have; makes tuples of lists."""
+
+  def refuse(name: str, expected: str) -> NoReturn:
+    raise InputError(f'{origins[name]}={values[name]!r}: expected {expected}')
+
+  white = values.get('pixel_range', 1.0)
+  if not _are_numbers([white]) or not white > 0:
+    refuse('pixel_range', 'the value of white, 1 or 255')
+  if values.get('channel_order', 'rgb') not in _ORDERS:
+    refuse('channel_order', f'one of {", ".join(_ORDERS)}')
+  if 'image_size' in values:
+    size = values['image_size']
+    if not (
+      _are_numbers(size)
+      and len(size) == 2
+      and all(isinstance(n, int) and 0 < n < _LARGEST for n in size)
+    ):
+      refuse('image_size', 'height and width')
+    values['image_size'] = tuple(size)
+  for name in ('mean', 'std'):
+    if name not in values:
+      continue
+    if not _are_numbers(values[name]) or len(values[name]) != channels:
+      refuse(
+        name, f'{channels} number(s), one for each input channel of the weights'
+      )
+    values[name] = tuple(values[name])
+    if name == 'std' and not all(value > 0 for value in values[name]):
+      refuse(name, 'positive numbers')
+    if name == 'mean' and not all(0 <= m <= white for m in values[name]):
+      refuse(
+        name,
+        f'numbers from 0 to {white:g}, which is pixel_range, the value of a '
+        'white pixel before mean and std',
+      )
+
+
+def _preprocessing(
+  path: str, arch: str, loaded: weights_lib.Loaded, given: Mapping
+) -> Preprocessing:
+  values, _ = expected_input(path, arch, loaded, given)
+  for field in dataclasses.fields(Preprocessing):
+    if field.name not in values and field.default is dataclasses.MISSING:
+      raise InputError(
+        f'{path} does not say what input its weights expect: set '
+        f'config.teacher.{field.name} (and image_size, mean, std, '
+        'pixel_range, channel_order where they differ from the defaults)'
+      )
+  return Preprocessing(**values)
+
+
+def _check_image_size(
+  build: registry.Builder,
+  graph: protocol.Graph,
+  variables: Mapping[str, Any],
+  preprocessing: Preprocessing,
+) -> None:
+  """A classifier behind a pool of windows takes images of one size only."""
+  network = build(float_layers.layer_set())
+  images = jax.ShapeDtypeStruct((1, *preprocessing.shape), np.float32)
+  last = graph.weighted[-1]
+  found = len(variables['params'][last]['kernel'])
+  try:
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)
+    given = shapes['params'][last]['kernel'].shape[0]
+  except ZeroDivisionError:  # of an initialiser: no window fits
+    given = 0
+  if found != given:
+    raise InputError(
+      f'teacher.image_size={preprocessing.image_size}: gives {last} {given} '
+      f'features; its weights take {found}'
+    )
+
+
+def _class_names(path: str, loaded: weights_lib.Loaded) -> tuple[str, ...]:
+  found = _json(path, 'class_names', loaded.metadata.get('class_names', '[]'))
+  if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+    raise InputError(f'{path}: class_names={found!r}: expected a list of names')
+  if found and len(found) != loaded.options['num_classes']:
+    raise InputError(
+      f'{path}: class_names has {len(found)} names; the classifier has '
+      f'{loaded.options["num_classes"]} classes'
+    )
+  return tuple(found)
+
+
+def _are_numbers(values: Any) -> bool:
+  return isinstance(values, (list, tuple)) and all(
+    isinstance(n, (int, float))
+    and not isinstance(n, bool)
+    and abs(n) < float('inf')
+    for n in values
+  )
+
+
+def _json(path: str, key: str, raw: str) -> Any:
+  try:
+    return json.loads(raw)
+  except (ValueError, RecursionError) as e:
+    raise InputError(
+      f'{path}: metadata {key} is {raw[:100]!r}: expected JSON ({e})'
+    ) from e

@@ -1,0 +1,470 @@
+"""What each step may touch, and what it may see.
+
+The programs are those that the finished run compiled.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clusterq_jax import weights
+from clusterq_jax.method import losses, procedural
+from clusterq_jax.ops.moments import batch_statistics
+from clusterq_jax.runtime import session as experiment
+
+# Where the tiny schedule's phases begin; see conftest.
+_GENERATOR, _JOINT, _STUDENT, _TOTAL = 2, 5, 7, 10
+
+
+@pytest.fixture
+def state(state_at):
+  """Of a checkpoint in the student phase: nothing in it is at its start."""
+  return state_at(8)
+
+
+@pytest.fixture
+def step(finished):
+  """Calls a program on a copy of a state, which it would destroy."""
+
+  def call(name, state, at=None, variables=None):
+    state = jax.tree.map(jnp.copy, state)
+    if at is not None:
+      state = state.replace(step=jnp.full((), at, jnp.int32))
+      state = jax.device_put(state, state.pool.sharding)
+    variables = finished.variables if variables is None else variables
+    return finished.programs[name](state, variables, finished.key)
+
+  return call
+
+
+def _same(a, b):
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(np.array_equal(x, y) for x, y in leaves)
+
+
+def _all_moved(a, b):
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(not np.array_equal(x, y) for x, y in leaves)
+
+
+def _poison(tree):
+  return jax.tree.map(lambda a: a.at[...].set(jnp.nan), tree)
+
+
+# --- bfloat16 ----------------------------------------------------------------
+
+
+def _convolutions(jaxpr):
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'conv_general_dilated':
+      yield equation
+    for parameter in jax.tree.leaves(
+      equation.params, is_leaf=lambda p: hasattr(p, 'eqns')
+    ):
+      inner = getattr(parameter, 'jaxpr', parameter)
+      if hasattr(inner, 'eqns'):
+        yield from _convolutions(inner)
+
+
+def _types(tree):
+  return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+
+@pytest.mark.parametrize('name', ['joint_step', 'student_step'])
+def test_convolutions_alone_are_in_bfloat16(finished, tiny_config, state, name):
+  tiny_config.compute_dtype = 'bfloat16'
+  steps = experiment.make_steps(tiny_config, finished.teacher)
+  args = state, finished.variables, finished.key
+  jaxpr = jax.make_jaxpr(getattr(steps, name))(*args)
+  found = list(_convolutions(jaxpr.jaxpr))
+  assert len(found) > 20
+  for equation in found:
+    for variable in (*equation.invars, *equation.outvars):
+      assert variable.aval.dtype == jnp.bfloat16, equation
+  new, metrics = jax.eval_shape(getattr(steps, name), *args)
+  assert _types(new) == _types(state)
+  assert {m.dtype for m in metrics.values()} == {np.dtype(np.float32)}
+
+
+# --- Procedural images -------------------------------------------------------
+
+
+def _distance(finished, pixels):
+  """Of the statistics of images from the stored ones, relative to their std."""
+  steps, stats = finished.steps, finished.variables['batch_stats']
+  x = steps.preprocessing.normalize(pixels)
+  _, moments = steps.teach(finished.variables, x)
+  total = []
+  for found, name in zip(moments, steps.graph.batch_norms, strict=True):
+    mean, var = stats[name]['mean'], stats[name]['var']
+    batch = batch_statistics(found)
+    total.append(np.mean(np.square(batch.mean - mean) / var))
+    total.append(np.mean(np.square(batch.std / np.sqrt(var) - 1)))
+  return np.mean(total)
+
+
+def test_procedural_steps_fill_their_part_of_the_pool(finished, state):
+  first, batch = len(state.pool), finished.steps.batch_size
+  steps = dataclasses.replace(
+    finished.steps, procedural_batches=2, procedural_start=8
+  )
+  pool = jnp.concatenate([state.pool, jnp.zeros_like(state.pool[: 2 * batch])])
+  run = jax.jit(steps.procedural_step)
+  seen, now = [], state.replace(pool=pool)
+  for _ in range(2 * procedural.STEPS):
+    now, metrics = run(now, finished.variables, finished.key)
+    seen.append(now.pool[first:])
+  assert now.step == 8 + 2 * procedural.STEPS
+  assert metrics['procedural/loss'] > 0
+  for part in ('generator', 'student', 'centroids'):
+    assert _same(getattr(now, part), getattr(state, part)), part
+  np.testing.assert_array_equal(now.pool[:first], state.pool)
+  # A batch after the other.
+  assert not seen[0][batch:].any()
+  np.testing.assert_array_equal(seen[1][:batch], seen[0][:batch])
+  for own in (slice(None, batch), slice(batch, None)):
+    begun, done = seen[1][own], seen[-1][own]
+    assert _distance(finished, done) < 0.7 * _distance(finished, begun)
+    # Still the images that they were.
+    assert np.corrcoef(np.ravel(begun), np.ravel(done))[0, 1] > 0.8
+  assert not _same(seen[-1][:batch], seen[-1][batch:])
+
+  # What calibrates the student.
+  images = steps._calibration_images(now, finished.key)
+  np.testing.assert_array_equal(images, steps.preprocessing.normalize(seen[-1]))
+  assert not _same(
+    images, finished.steps._calibration_images(state, finished.key)
+  )
+
+
+# --- What moves --------------------------------------------------------------
+
+
+def test_warmup_moves_the_generator_alone(step, state):
+  new, metrics = step('warmup_step', state, at=1)
+  assert new.step == 2
+  assert _all_moved(new.generator, state.generator)
+  for part in ('student', 'student_opt', 'centroids', 'pool', 'bad_step'):
+    assert _same(getattr(new, part), getattr(state, part)), part
+  assert set(metrics) == {
+    f'generator/{k}' for k in ('inception', 'statistics', 'accuracy', 'loss')
+  }
+
+
+def test_generator_step_leaves_the_student(step, state):
+  new, metrics = step('generator_step', state, at=3)
+  assert _all_moved(new.generator, state.generator)
+  assert not _same(new.centroids, state.centroids)
+  assert not _same(new.pool, state.pool)
+  assert _same(new.student, state.student)
+  assert _same(new.student_opt, state.student_opt)
+  assert {'generator/sfda', 'generator/diversity'} < set(metrics)
+
+
+def test_joint_step_moves_both(step, state):
+  new, metrics = step('joint_step', state, at=5)
+  assert _all_moved(new.generator, state.generator)
+  assert _all_moved(new.student['params'], state.student['params'])
+  assert not _same(new.student_opt, state.student_opt)
+  assert not _same(new.centroids, state.centroids)
+  assert {'generator/loss', 'student/loss'} < set(metrics)
+
+
+def test_student_step_moves_the_student_alone(step, state):
+  new, metrics = step('student_step', state)
+  assert _all_moved(new.student['params'], state.student['params'])
+  for part in ('generator', 'generator_opt', 'centroids', 'pool'):
+    assert _same(getattr(new, part), getattr(state, part)), part
+  assert all(name.startswith('student/') for name in metrics)
+
+
+def test_loss_is_the_weighted_sum(step, state, finished):
+  weights = finished.config.loss
+  _, metrics = step('joint_step', state, at=5)
+  m = {k: float(v) for k, v in metrics.items()}
+  assert m['generator/loss'] == pytest.approx(
+    m['generator/inception']
+    + weights.statistics * m['generator/statistics']
+    + weights.sfda * m['generator/sfda']
+    + weights.diversity * m['generator/diversity'],
+    rel=1e-5,
+  )
+  assert m['student/loss'] == pytest.approx(
+    m['student/cross_entropy']
+    + weights.distillation * m['student/distillation']
+    + weights.features * m['student/features'],
+    rel=1e-5,
+  )
+
+
+# --- What the student sees ---------------------------------------------------
+
+
+def _images(finished, state, at):
+  """What the generator makes in the step `at`, and with which labels."""
+  key = jax.random.fold_in(finished.key, at)
+  return jax.jit(finished.steps.generate)(
+    state.generator, jax.random.split(key, 3)[0]
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'at'), [('generator_step', 3), ('joint_step', 6)]
+)
+def test_pool_holds_generator_images(step, state, finished, name, at):
+  new, _ = step(name, state, at=at)
+  images, _ = _images(finished, state, at)
+  pixels = finished.teacher.preprocessing.to_pixels(images)
+  batch = finished.config.schedule.batch_size
+  halves = slice(0, batch), slice(batch, 2 * batch)  # two batches deep
+  slot, rest = halves[at % 2], halves[1 - at % 2]
+  assert new.pool.dtype == jnp.uint8
+  assert np.ptp(np.asarray(pixels)) > 100
+  # Another program's rounding may put a pixel on the other side of a half.
+  difference = np.abs(np.int32(new.pool[slot]) - np.int32(pixels))
+  assert difference.max() <= 1
+  assert difference.mean() < 0.01
+  np.testing.assert_array_equal(new.pool[rest], state.pool[rest])
+
+
+def test_student_step_sees_the_pool_and_nothing_else(step, state):
+  new, metrics = step('student_step', state)
+  other = state.replace(
+    generator=_poison(state.generator), centroids=_poison_centroids(state)
+  )
+  again, same = step('student_step', other)
+  assert _same(metrics, same)
+  assert _same(new.student, again.student)
+  _, different = step('student_step', state.replace(pool=255 - state.pool))
+  assert float(different['student/loss']) != float(metrics['student/loss'])
+
+
+def test_half_of_the_images_move_to_where_the_student_differs(state, finished):
+  # A student that differs by far more than by its quantizers.
+  classifier = state.student['params']['classifier']
+  other = {**classifier, 'kernel': -classifier['kernel']}
+  params = {**state.student['params'], 'classifier': other}
+  state = state.replace(student={**state.student, 'params': params})
+  teacher = finished.variables
+  x = finished.steps.preprocessing.normalize(state.pool[:8])
+
+  def harden(size):
+    steps = dataclasses.replace(finished.steps, augment_adversarial=size)
+    return steps._harden(jax.random.key(0), state, teacher, x)
+
+  @jax.jit
+  def divergence(x):
+    student = finished.steps.student_logits(state.student, teacher, x)
+    return losses.distillation_loss(
+      student, finished.steps.teacher_logits(teacher, x)
+    )
+
+  assert harden(0.0) is x
+  y = jax.jit(lambda: harden(0.05))()
+  distance = np.abs(np.asarray(y - x)).max((1, 2, 3))
+  np.testing.assert_array_equal(distance[1::2], 0)
+  assert ((0 < distance[::2]) & (distance[::2] < 0.0501)).all()
+  assert len(set(distance[::2])) == 4  # each as far as drawn for it
+  signs = jax.random.rademacher(jax.random.key(1), x.shape)
+  anywhere = x + signs * jnp.abs(y - x)
+  before = divergence(x)
+  assert divergence(y) - before > 2 * abs(divergence(anywhere) - before) > 0
+
+
+def _poison_centroids(state):
+  return state.centroids.replace(layers=_poison(state.centroids.layers))
+
+
+def test_student_loss_is_that_of_pool_images(step, state, finished):
+  """The loss again, from the pool's pixels, by another way."""
+  steps, key = finished.steps, jax.random.fold_in(finished.key, 8)
+  draw_key, augment_key, _, size_key = jax.random.split(key, 4)
+  rows = jax.random.randint(draw_key, (8,), 0, 16)
+  pixels = np.float64(np.asarray(state.pool)[np.asarray(rows)])
+  prep = finished.teacher.preprocessing
+  x = (pixels / 255 - np.array(prep.mean)) / np.array(prep.std)
+  x = steps._augment(augment_key, jnp.float32(x))
+  x = jax.jit(steps._harden)(size_key, state, finished.variables, x)
+  _, metrics = step('student_step', state)
+
+  @jax.jit
+  def logits(x):
+    teacher = steps.teacher_logits(finished.variables, x)
+    return teacher, steps.student_logits(state.student, finished.variables, x)
+
+  teacher, student = (
+    np.float64(jax.nn.log_softmax(a)) for a in logits(jnp.float32(x))
+  )
+  labels = teacher.argmax(-1)
+  entropy = -student[np.arange(8), labels].mean()
+  divergence = (np.exp(teacher) * (teacher - student)).sum(-1).mean()
+  assert float(metrics['student/cross_entropy']) == pytest.approx(
+    entropy, rel=1e-3
+  )
+  assert float(metrics['student/distillation']) == pytest.approx(
+    divergence, rel=1e-2
+  )
+  assert float(metrics['student/features']) > 1e-3
+
+
+def test_student_batch_norm_statistics_are_the_teachers(
+  step, state, finished, tiny_teacher
+):
+  assert set(state.student) == {'params', 'quant'}
+  written, _ = weights.read_tensors(finished.workdir / 'student.safetensors')
+  given, _ = weights.read_tensors(tiny_teacher)
+  names = [name for name in given if name.startswith('batch_stats/')]
+  assert names
+  for name in names:
+    np.testing.assert_array_equal(written[name], given[name])
+  # And a step reads them there: other statistics, other answers of both.
+  shifted = {
+    **finished.variables,
+    'batch_stats': jax.tree.map(
+      lambda a: 2 * a, finished.variables['batch_stats']
+    ),
+  }
+  _, before = step('student_step', state)
+  _, after = step('student_step', state, variables=shifted)
+  assert float(before['student/loss']) != float(after['student/loss'])
+
+
+def test_student_ranges_freeze(step, state, finished):
+  frozen = finished.steps.range_steps
+  assert frozen == _JOINT + finished.config.schedule.range_steps
+  new, _ = step('student_step', state, at=frozen - 1)
+  assert not _same(new.student['quant'], state.student['quant'])
+  new, _ = step('student_step', state, at=frozen)
+  assert _same(new.student['quant'], state.student['quant'])
+
+
+# --- Centroids ---------------------------------------------------------------
+
+
+@pytest.fixture
+def initial(finished, state):
+  """Centroids as a run begins with, and the keys of their 8 batches of 8."""
+  empty = jax.tree.map(jnp.zeros_like, state.centroids)
+  state = jax.tree.map(jnp.copy, state.replace(centroids=empty))
+  keys = jax.random.split(finished.key, 8)
+  program = finished.programs['initialize_centroids']
+  return program(state, finished.variables, keys).centroids, keys
+
+
+def test_initial_centroids_differ_between_classes(finished, initial):
+  new, _ = initial
+  seen = np.flatnonzero(new.seen)
+  assert len(seen) >= 3
+  assert len(new.layers) == len(finished.steps.graph.batch_norms) - (
+    finished.steps.first_semantic_layer
+  )
+  for layer in new.layers:
+    for statistic in layer:
+      values = np.asarray(statistic)
+      assert np.isfinite(values).all()
+      for i in seen:
+        for j in seen[seen > i]:
+          assert np.abs(values[i] - values[j]).max() > 1e-3
+      unseen = np.setdiff1d(np.arange(4), seen)
+      assert (values[unseen] == 0).all()
+
+
+def test_initial_centroids_are_means_over_all_images(finished, state, initial):
+  new, keys = initial
+
+  @jax.jit
+  def batch(key):
+    x, labels = finished.steps.generate(state.generator, key)
+    answers, moments = finished.steps.teach(finished.variables, x)
+    return labels, jnp.argmax(answers.logits, -1), moments
+
+  batches = jax.device_get([batch(key) for key in keys])
+  labels, answers, moments = jax.tree.map(
+    lambda *a: np.concatenate(a), *batches
+  )
+  semantic = moments[finished.steps.first_semantic_layer :]
+  for c in range(4):
+    members = (labels == c) & (answers == c)
+    assert new.seen[c] == members.any()
+    for layer, sample in zip(new.layers, semantic, strict=True):
+      mean, var = (a[members].astype(np.float64) for a in sample)
+      expected = mean, mean**2, var
+      for found, array in zip(layer, expected, strict=True):
+        if members.any():
+          np.testing.assert_allclose(
+            found[c], array.mean(0), rtol=1e-3, atol=1e-4
+          )
+
+
+# --- Bookkeeping -------------------------------------------------------------
+
+
+def test_bad_step_is_the_first_without_a_finite_loss(step, state):
+  assert state.bad_step == -1
+  bad, metrics = step(
+    'warmup_step', state.replace(generator=_poison(state.generator)), at=1
+  )
+  assert math.isnan(metrics['generator/loss'])
+  assert bad.bad_step == 1
+  later, _ = step('warmup_step', bad)
+  assert later.step == 3
+  assert later.bad_step == 1
+  student = {**state.student, 'params': _poison(state.student['params'])}
+  bad, _ = step('student_step', state.replace(student=student))
+  assert bad.bad_step == 8
+  good, _ = step('student_step', state)
+  assert good.bad_step == -1
+
+
+def test_every_program_is_compiled_once(finished, step, state):
+  names = finished.compiled
+  assert sorted(names) == sorted(set(names))
+  phases = ['warmup_step', 'generator_step', 'joint_step', 'student_step']
+  assert [name for name in names if name in phases] == phases
+  assert {'initialize_centroids', 'calibrate_student'} < set(names)
+  # Other shapes are refused, not compiled for.
+  with pytest.raises(TypeError):
+    step('student_step', state.replace(pool=state.pool[:8]))
+
+
+# --- Learning rates ----------------------------------------------------------
+
+
+def _rates(config, finished):
+  steps = experiment.make_steps(config, finished.teacher)
+  at = range(_TOTAL + 1)
+  return [
+    np.array([float(rate(jnp.int32(i))) for i in at])
+    for rate in (steps.generator_lr, steps.student_lr, steps.quant_lr)
+  ]
+
+
+def test_step_schedule(finished, tiny_config):
+  tiny_config.schedule.lr_boundaries = (3, 6)
+  tiny_config.schedule.lr_factor = 0.1
+  factor = np.array([1] * 3 + [0.1] * 3 + [0.01] * 5)
+  for rate, base in zip(
+    _rates(tiny_config, finished), (1e-3, 1e-4, 1e-3), strict=True
+  ):
+    np.testing.assert_allclose(rate, base * factor, rtol=1e-5)
+
+
+def test_cosine_schedule(finished, tiny_config):
+  tiny_config.schedule.lr_decay = 'cosine'
+  generator, student, quant = _rates(tiny_config, finished)
+  # The generator's runs to its own end, the student's from its own start.
+  i = np.arange(_TOTAL + 1)
+
+  def cosine(t):
+    return (1 + np.cos(np.pi * np.clip(t, 0, 1))) / 2
+
+  np.testing.assert_allclose(
+    generator, 1e-3 * cosine(i / _STUDENT), rtol=1e-4, atol=1e-10
+  )
+  t = (i - _JOINT) / (_TOTAL - _JOINT)
+  np.testing.assert_allclose(student, 1e-4 * cosine(t), rtol=1e-4, atol=1e-11)
+  np.testing.assert_allclose(quant, 10 * student, rtol=1e-4, atol=1e-10)

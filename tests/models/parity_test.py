@@ -1,0 +1,54 @@
+"""Every architecture and layout gives torch's logits."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from clusterq_jax import weights
+from clusterq_jax.layers import float_layers
+from clusterq_jax.models import registry
+
+_MAKE = pathlib.Path(__file__).resolve().parents[1] / 'golden' / 'make.py'
+_SPEC = importlib.util.spec_from_file_location('golden', _MAKE)
+golden = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(golden)
+
+pytestmark = pytest.mark.usefixtures('optimized')
+
+
+def _logits(path, name, tensors):
+  arch, _ = golden.CASES[name]
+  safetensors.numpy.save_file(tensors, path)
+  loaded = weights.load(path, arch)
+  options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
+  network = registry.builder(arch, **options)(float_layers.layer_set())
+  apply = jax.jit(functools.partial(network.apply))
+  return np.asarray(apply(loaded.variables, golden.images(name))), loaded
+
+
+def _check(ours, theirs):
+  assert np.std(theirs) > 0
+  assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize('name', golden.CASES)
+def test_golden(name, tmp_path):
+  tensors, theirs = golden.read(name)
+  ours, loaded = _logits(tmp_path / 'weights.safetensors', name, tensors)
+  assert loaded.options['num_classes'] == golden.CLASSES
+  _check(ours, theirs)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('name', golden.CASES)
+def test_torch(name, tmp_path):
+  pytest.importorskip('torch')
+  pytest.importorskip(golden.CASES[name][1].partition(':')[0])
+  network, tensors = golden.network(name)
+  ours, _ = _logits(tmp_path / 'weights.safetensors', name, tensors)
+  _check(ours, golden.logits(name, network))

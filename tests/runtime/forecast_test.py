@@ -1,0 +1,109 @@
+"""The forecast: what its interval is, where it is none, how it is fitted."""
+
+import json
+import pathlib
+import runpy
+
+import ml_collections
+import pytest
+
+from clusterq_jax.report import closing_table as report
+from clusterq_jax.runtime import forecast
+
+_BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
+
+
+@pytest.fixture
+def coefficients(monkeypatch, tmp_path):
+  file = tmp_path / 'forecast.json'
+  monkeypatch.setattr(forecast, 'FILE', file)
+  values = {'slope': 20.0, 'factor': 2.0, 'margin': 0.25}
+  values |= {'largest_divergence': 0.2, 'networks': {'a': 3, 'b': 3, 'c': 2}}
+  file.write_text(json.dumps(values))
+  return values
+
+
+def test_drop(coefficients):
+  assert forecast.drop(0.04) == {'drop': 0.8, 'low': 0.35, 'high': 1.65}
+  assert forecast.drop(0.16) == {'drop': 3.2, 'low': 1.5, 'high': 6.5}
+  assert forecast.drop(0.0) == {'drop': 0.0, 'low': 0.0, 'high': 0.0}
+
+
+@pytest.mark.parametrize('divergence', [0.21, float('inf'), float('nan')])
+def test_none_beyond_what_it_was_fitted_on(coefficients, divergence):
+  assert forecast.drop(divergence) is None
+
+
+def test_the_one_in_the_package():
+  c = forecast.coefficients()
+  assert len(c['networks']) >= 3
+  assert c['factor'] > 1
+  assert c['margin'] > 0
+  assert forecast.drop(c['largest_divergence']) is not None
+
+
+@pytest.mark.parametrize(
+  ('divergence', 'expected'),
+  [(0.16, '3.2 points, 1.5 to 6.5'), (0.5, 'none: further')],
+)
+def test_closing_table(coefficients, divergence, expected):
+  config = ml_collections.ConfigDict({'eval': {'source': 'npz'}})
+  results = {'forecast': forecast.drop(divergence)}
+  table = report.closing_table(results, config, 'runs/mine')
+  (line,) = [x for x in table.splitlines() if 'forecast' in x]
+  assert expected in line
+  assert ' the 3 ' in line
+
+
+def _record(drop, divergence):
+  return {
+    'drop': drop,
+    'commit': 'abc',
+    'images': 5000,
+    'synthetic': {'blended_divergence': divergence},
+  }
+
+
+def test_fit(monkeypatch):
+  monkeypatch.syspath_prepend(str(_BENCHMARKS))
+  fit = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['fit']
+  # Slopes 10, 20 and 40, whatever the number of runs; no scatter but one's.
+  found = fit(
+    {
+      'a': [_record(1.0, 0.1), _record(2.0, 0.2), _record(3.0, 0.3)],
+      'b': [_record(1.9, 0.1), _record(2.1, 0.1)],
+      'c': [_record(4.0, 0.1), _record(8.0, 0.2)],
+    }
+  )
+  assert found['slope'] == pytest.approx(20)
+  # t(0.95, 2) = 2.920, of a standard deviation of ln 2 and one network more.
+  assert found['factor'] == pytest.approx(
+    2 ** (2.920 * (4 / 3) ** 0.5), rel=0.01
+  )
+  # t(0.95, 4) = 2.132, of 0.02 / 4 squared, in units of the root of 0.1.
+  assert found['margin'] == pytest.approx(2.132 * 0.05**0.5, abs=2e-3)
+  assert found['largest_divergence'] == 0.3
+
+
+def test_what_is_forecast_is_not_fitted_on(monkeypatch):
+  monkeypatch.syspath_prepend(str(_BENCHMARKS))
+  leave_out = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['leave_out']
+  records = [
+    _record(drop, 0.1)
+    | {'config': config, 'bits': bits, 'placement': placement}
+    for config, drop in (('a', 1.0), ('b', 1.0), ('c', 9.0))
+    for bits, placement in (
+      ('W4A4', 'paper'),
+      ('W4A4', 'paper'),
+      ('W4A4', 'integer'),
+      ('W8A8', 'paper'),
+    )
+  ]
+  # By network c is forecast from a and b, of slope 10.
+  found = list(leave_out(records, 'config'))
+  assert '| c | c | W4A4 paper | 2 | 9.00 | 1.00 |' in found
+  assert '| c | c | W4A4 integer | 1 | 9.00 | 1.00 |' in found
+  records[-1]['drop'] = 0.0
+  # By bits, W8A8 from the runs of W4A4 of all: the cube root of 10 x 10 x 90.
+  found = list(leave_out(records, 'bits'))
+  assert '| W8A8 | c | W8A8 paper | 1 | 0.00 | 2.08 |' in found
