@@ -31,14 +31,8 @@ from clusterq_jax.runtime import bucket, samples
 from clusterq_jax.runtime import session as experiment
 from clusterq_jax.runtime import workdir as workdir_lib
 
-INTEGER, FLOAT = 'integer.onnx', 'float32.onnx'
 _SELFTEST_IMAGES = 64
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
-
-
-def folder_of(config: ml_collections.ConfigDict, workdir: str) -> pathlib.Path:
-  """Where the files of a run are exported to."""
-  return pathlib.Path(config.export.folder or f'{workdir}/export')
 
 
 @precision.in_float32
@@ -65,7 +59,7 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "--mode=export needs the package onnx: pip install 'clusterq-jax[onnx]' "
       'or pip install onnx'
     )
-  target = folder_of(config, workdir)
+  target = workdir_lib.export_folder(config, workdir)
   if target.exists():
     raise InputError(
       f'{target} exists; remove it, or set config.export.folder to a new one'
@@ -79,8 +73,8 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
     metadata = _metadata(config, student)
     models = {
-      INTEGER: onnx_layers.integer_model(folded, metadata),
-      FLOAT: onnx_layers.float_model(
+      workdir_lib.INTEGER: onnx_layers.integer_model(folded, metadata),
+      workdir_lib.FLOAT: onnx_layers.float_model(
         teacher.graph, teacher.variables, teacher.preprocessing, metadata
       ),
     }

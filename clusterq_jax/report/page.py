@@ -31,7 +31,6 @@ from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.method.steps import Steps
-from clusterq_jax.modes import export
 from clusterq_jax.report import closing_table as report
 from clusterq_jax.report import diagnostics, svg
 from clusterq_jax.runtime import bucket, checkpoint, metrics, samples
@@ -572,8 +571,8 @@ def _errors(run: _Run) -> str:
 
 def _export(run: _Run) -> str:
   """Size and latency of the exported files."""
-  folder = export.folder_of(run.config, str(run.folder))
-  files = [folder / name for name in (export.FLOAT, export.INTEGER)]
+  folder = workdir_lib.export_folder(run.config, str(run.folder))
+  files = [folder / name for name in (workdir_lib.FLOAT, workdir_lib.INTEGER)]
   placement = run.config.quant.placement
   if placement != 'integer':
     return _missing(
@@ -585,7 +584,7 @@ def _export(run: _Run) -> str:
     )
   if not all(file.exists() for file in files):
     return _missing(
-      f'No {export.INTEGER} in {folder}: --mode=export writes it.'
+      f'No {workdir_lib.INTEGER} in {folder}: --mode=export writes it.'
     )
   times = [diagnostics.latency(file) for file in files]
   rows = [

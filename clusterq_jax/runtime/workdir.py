@@ -16,6 +16,7 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.runtime import metrics
 
 LOCK = '.lock'
+INTEGER, FLOAT = 'integer.onnx', 'float32.onnx'
 
 
 @contextlib.contextmanager
@@ -78,6 +79,13 @@ def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     metrics.write_json(file, config.to_dict())
   except OSError as e:
     raise InputError(f'{folder}: cannot be written: {e.strerror}') from e
+
+
+def export_folder(
+  config: ml_collections.ConfigDict, workdir: str
+) -> pathlib.Path:
+  """The folder that a run is exported to."""
+  return pathlib.Path(config.export.folder or f'{workdir}/export')
 
 
 def read_results(folder: pathlib.Path) -> dict[str, Any]:
