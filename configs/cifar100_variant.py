@@ -2,7 +2,7 @@
 
 Paper: ClusterQ, arXiv 2205.00179, with the short recipe of
 `clusterq_jax.config.fast`. The network is in networks/resnet20_variant.py; see
-README.md beside this file.
+docs/networks.md.
 
     python -m clusterq_jax.main --config=configs/cifar100_variant.py \
         --workdir=runs/cifar100_variant

@@ -114,7 +114,7 @@ _ARCHITECTURES = {
 # For who has another network, or another name for it.
 HOW_TO_BRING_YOUR_OWN = (
   f'supported networks are {", ".join(_ARCHITECTURES)}; for any other, bring '
-  'your own: configs/README.md shows how to describe it; and import first the '
+  'your own: docs/networks.md shows how to describe it; and import first the '
   'file that registers it'
 )
 

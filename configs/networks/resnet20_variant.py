@@ -2,7 +2,7 @@
 
 Wider stem, a convolution as shortcut in the first block of every stage, no
 activation after an add but at the end of a stage, a classifier on averages of
-4x4 windows. Running this file registers it; see configs/README.md.
+4x4 windows. Running this file registers it; see docs/networks.md.
 """
 
 import jax

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -20,7 +21,10 @@ onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytestmark = pytest.mark.usefixtures('optimized')
 
-_README = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_README = _ROOT / 'README.md'
+_PAGE = _ROOT / 'docs' / 'deploy.md'
+_EXAMPLES = re.findall(r'```python\n(.*?)```', _PAGE.read_text(), re.DOTALL)
 _FILES = {
   'integer.onnx',
   'float32.onnx',
@@ -194,6 +198,19 @@ def test_the_example_of_the_readme(exported, tmp_path, monkeypatch, capsys):
   exec(compile(example, 'README.md', 'exec'), {})
   logits = load_student(exported.workdir).integer().logits(picture[None])
   assert capsys.readouterr().out == f'class {int(np.argmax(logits))}\n'
+
+
+@pytest.mark.parametrize('example', _EXAMPLES, ids=lambda text: text.split()[1])
+def test_an_example_of_docs_deploy(exported, tmp_path, monkeypatch, example):
+  workdir = tmp_path / 'runs' / 'mine'
+  shutil.copytree(exported.workdir, workdir)
+  shutil.copytree(exported.folder, workdir / 'export_all')
+  Image.fromarray(_pictures(1)[0]).save(tmp_path / 'picture.png')
+  monkeypatch.chdir(tmp_path)
+  names: dict = {}
+  exec(compile(example, _PAGE.name, 'exec'), names)
+  if 'logits' in names:
+    assert np.shape(names['logits'])[-1] == 4
 
 
 # --- What it refuses ---------------------------------------------------------
