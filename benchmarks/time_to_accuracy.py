@@ -22,10 +22,9 @@ import numpy as np
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
-from clusterq_jax.layers import fake_quant
 from clusterq_jax.method import losses, procedural
 from clusterq_jax.modes import train
-from clusterq_jax.quant import numerics
+from clusterq_jax.quant import numerics, quantizers
 from clusterq_jax.runtime import evaluation
 from clusterq_jax.runtime import session as experiment
 
@@ -168,7 +167,7 @@ class Bench:
   def delivered(self):
     """The student with the headroom that a run ends with."""
     student, steps = self.state.student, self.steps
-    quant = fake_quant.widen(
+    quant = quantizers.widen(
       steps.plan,
       student['quant'],
       steps.graph.last_stage,
