@@ -1,6 +1,6 @@
 """Does a runtime compute what our integer evaluation does, image by image?
 
-    python benchmarks/bit_exactness.py runs/mine [--images=FILE.npz]
+    python -m benchmarks.bit_exactness runs/mine [--images=FILE.npz]
 
 See README.md in this folder.
 """

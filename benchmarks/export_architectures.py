@@ -1,6 +1,6 @@
 """Is what each architecture exports what the integer evaluation computes?
 
-    python benchmarks/export_architectures.py [ARCH ...] [--bits=8]
+    python -m benchmarks.export_architectures [ARCH ...] [--bits=8]
 
 Random weights, no training: see README.md in this folder.
 """
@@ -10,13 +10,12 @@ import pathlib
 import tempfile
 from collections import Counter
 
-import bit_exactness
 import jax
 import numpy as np
 import onnx
 import onnxruntime
-import random_weights
 
+from benchmarks import bit_exactness, random_weights
 from clusterq_jax import procedural
 from clusterq_jax.layers import fake_quant, integer, protocol
 from clusterq_jax.layers import onnx as onnx_layers

@@ -1,6 +1,6 @@
 """Latency, size and memory of an exported network against its float twin.
 
-    python benchmarks/integer_latency.py runs/mine/export
+    python -m benchmarks.integer_latency runs/mine/export
 
 See README.md in this folder.
 """

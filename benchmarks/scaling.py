@@ -1,6 +1,6 @@
 """How a step's time and memory grow: batch, classes, network, devices, steps.
 
-    python benchmarks/scaling.py batch|classes|network|devices|steady|all
+    python -m benchmarks.scaling batch|classes|network|devices|steady|all
 
 Each configuration runs in a process of its own, which compiles it once and
 discards two steps; then all of a series step in turns, so that what else the

@@ -1,6 +1,6 @@
 """Seconds per joint step: this project's `Steps.joint_step` and plain PyTorch.
 
-    python benchmarks/step_time.py [--generator=slim|full|both] [--check]
+    python -m benchmarks.step_time [--generator=slim|full|both] [--check]
 
 What a step does is said in `clusterq_jax/steps.py`; the second half of this
 file says it again in eager PyTorch; `--check` compares the two. See README.md.

@@ -1,6 +1,6 @@
 """Seconds until a student loses no more than published ones do.
 
-    python benchmarks/time_to_accuracy.py [--seeds 0 1 2]
+    python -m benchmarks.time_to_accuracy [--seeds 0 1 2]
 
 Ours, the same without class terms, and calibration without training, in one
 process, on one machine. See README.md in this folder.
@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import accuracy
 import jax
 import numpy as np
 
+from benchmarks import accuracy
 from clusterq_jax import config as config_lib
 from clusterq_jax import (
   evaluation,
