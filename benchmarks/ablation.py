@@ -8,8 +8,8 @@
 On CIFAR-10, or for `many_classes` CIFAR-100, with the recipe a quarter as long:
 from each variant's generator a student of W4A4 and one of W3A3, evaluated along
 the way. A line for each goes to records/ablation.jsonl beside this file; what
-has one is not run again. At the end a table of all lines. results.py draws
-their curves. See README.md in this folder.
+has one is not run again. The script ends with a table of all lines; results.py
+draws their curves.
 """
 
 import argparse

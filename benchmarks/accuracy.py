@@ -5,7 +5,7 @@
 
 Each run goes through the command line in a workdir of its own under DIR, and
 leaves one line in records/accuracy.jsonl beside this file; a matrix that is
-started again goes on where it stopped. See README.md in this folder.
+started again goes on where it stopped. README.md in this folder says more.
 """
 
 import argparse

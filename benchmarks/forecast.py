@@ -5,7 +5,7 @@
 RECORDS: JSON lines as accuracy.py writes them, which are taken by default.
 Printed is how well every network is forecast from the other ones, and every bit
 width from the others; --write puts the coefficients from all into the package.
-See README.md in this folder and clusterq_jax/forecast.py.
+See clusterq_jax/forecast.py.
 """
 
 import argparse
