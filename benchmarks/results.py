@@ -60,6 +60,7 @@ def values() -> dict[str, Any]:
     'accuracy': results_accuracy.accuracy(),
     'placements': results_accuracy.repeated(),
     'lite_images': lite[0]['images'],
+    'lite_agreement': next(r['agreement'] for r in lite if r['bits'] == 'W8A8'),
     'steps_at_most': records.read('published', group='drop')[0][
       'steps_at_most'
     ],

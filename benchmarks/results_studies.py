@@ -168,6 +168,18 @@ def time_to_accuracy() -> Table:
   return Table(heads, rows, found + list(targets.values()), command)
 
 
+def _pairs(group: str) -> list[Record]:
+  """Reads pairs; the drops of recorded runs come from accuracy.jsonl."""
+  found = []
+  for r in records.read('pairs', group=group):
+    if group == 'moved_images' and r['with']:
+      run = {k: r[k] for k in ('config', 'bits', 'seed')}
+      run = records.only('accuracy', placement='paper', **run)
+      r = r | {'drop': run['drop']}
+    found.append(r)
+  return found
+
+
 def pairs(group: str, command: str, **forms: str) -> Table:
   """Makes a table of runs with and without one thing, pair by pair.
 
@@ -179,7 +191,7 @@ def pairs(group: str, command: str, **forms: str) -> Table:
   Returns:
     The table.
   """
-  found = records.read('pairs', group=group)
+  found = _pairs(group)
   shown = list(forms.items())
   units = {'drop': 'drop, points', 'divergence': 'KL, nats'}
   heads = ['network', 'bits', 'seed']
@@ -207,7 +219,7 @@ def pair_facts(group: str) -> dict[str, dict[str, float]]:
     the thing, in %; mean drops with and without, in points, if recorded.
   """
   groups: dict[str, list[Record]] = {}
-  for r in records.read('pairs', group=group):
+  for r in _pairs(group):
     groups.setdefault(f'{r["config"]} {r["bits"]}', []).append(r)
   facts = {}
   for key, runs in groups.items():

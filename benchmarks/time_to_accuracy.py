@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import accuracy
+from benchmarks import accuracy, records
 from clusterq_jax import config as config_lib
 from clusterq_jax import (
   evaluation,
@@ -37,12 +37,13 @@ from clusterq_jax import (
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.quant import numerics
 
-# Drops at W4A4, in points. ClusterQ: arXiv 2205.00179, table I. SynQ (ICLR
-# 2025): the best with uniform bits and one scale per tensor of activations.
-PUBLISHED = {
-  'cifar10_resnet20_fast': {'ClusterQ': 93.89 - 92.06, 'SynQ': 1.13},
-  'cifar100_variant': {'ClusterQ': 70.33 - 67.09, 'SynQ': 2.99},
-}
+# Published drops at W4A4, in points, by config and method. SynQ's are the best
+# with uniform bits and one scale per tensor of activations.
+PUBLISHED: dict[str, dict[str, float]] = {}
+for _record in records.read('published', group='drop', bits='W4A4'):
+  PUBLISHED.setdefault(_record['config'], {})[_record['method']] = _record[
+    'drop'
+  ]
 OURS, PLAIN = 'ours', 'ours without class terms'
 NO_CLASS_TERMS = {'loss.sfda': 0.0, 'loss.diversity': 0.0}
 
