@@ -1,15 +1,15 @@
 """Ablations: the student's drop, step by step, without this and without that.
 
-    python benchmarks/ablation.py class_terms [--seeds 0 1 2]
-    python benchmarks/ablation.py ideas [--seeds 0 1 2]
-    python benchmarks/ablation.py many_classes [--seeds 0 1 2]
-    python benchmarks/ablation.py GROUP --table        # of what was measured
+    python -m benchmarks.ablation class_terms [--seeds 0 1 2]
+    python -m benchmarks.ablation ideas [--seeds 0 1 2]
+    python -m benchmarks.ablation many_classes [--seeds 0 1 2]
+    python -m benchmarks.ablation GROUP --table        # of what was measured
 
 On CIFAR-10, or for `many_classes` CIFAR-100, with the recipe a quarter as long:
 from each variant's generator a student of W4A4 and one of W3A3, evaluated along
-the way. A line for each goes to ablation.jsonl beside this file; what has one
-is not run again. At the end a table of all lines, and their curves in
-ablation_GROUP.svg. See README.md in this folder.
+the way. A line for each goes to records/ablation.jsonl beside this file; what
+has one is not run again. The script ends with a table of all lines; results.py
+draws their curves.
 """
 
 import argparse
@@ -21,19 +21,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import accuracy
 import jax
 import jax.numpy as jnp
 import numpy as np
-import time_to_accuracy
 
+from benchmarks import accuracy, time_to_accuracy
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
-from clusterq_jax.report import svg
 from clusterq_jax.runtime import reuse
 from clusterq_jax.runtime import session as experiment
 
-RECORDS = pathlib.Path(__file__).with_suffix('.jsonl')
+RECORDS = pathlib.Path(__file__).parent / 'records' / 'ablation.jsonl'
 BITS = {'W4A4': 4, 'W3A3': 3}
 # Of a record's lists: unit, and format.
 FIGURES = {'drops': ('drop, points', '.2f'), 'divergences': ('KL, nats', '.4f')}
@@ -47,8 +45,8 @@ SHORT = {
   # Came after most of the records; whole runs tell what it does.
   'augment.adversarial': 0.0,
 }
-# Differences of each variant to the recipe, by group. Of a group, the first is
-# what the others are drawn beside.
+# Differences of each variant to the recipe, by group. The charts draw every
+# variant beside the first of its group.
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
   'class_terms': {
     'none': time_to_accuracy.NO_CLASS_TERMS,
@@ -189,6 +187,7 @@ def measure(
       'every': EVERY,
       'drops': [round(point.drop, 2) for point in course],
       'divergences': [round(point.divergence, 4) for point in course],
+      'kind': 'measured',
       'commit': accuracy.code(),
       'date': datetime.date.today().isoformat(),
       'machine': accuracy.machine(),
@@ -199,29 +198,6 @@ def measure(
       flush=True,
     )
     yield record
-
-
-def curve(records: list[dict[str, Any]], name: str, of: str) -> svg.Curve:
-  """Means over the seeds, but for the start, which is far above."""
-  some = [r for r in records if r['variant'] == name]
-  steps = [r['every'] * i for r in some[:1] for i in range(len(r[of]))]
-  values = zip(*(r[of] for r in some), strict=True)
-  return svg.Curve(name, steps[1:], [*map(statistics.mean, values)][1:])
-
-
-def picture(records: list[dict[str, Any]], names: list[str]) -> str:
-  """Every variant beside the first, by bits, of the seeds that both have."""
-  seeds = {n: {r['seed'] for r in records if r['variant'] == n} for n in names}
-  charts = []
-  for name in names[1:]:
-    both = seeds[name] & seeds[names[0]]
-    for bits in BITS:
-      some = [r for r in records if r['bits'] == bits and r['seed'] in both]
-      title = f'{bits}, seed{"s" * (len(both) > 1)} {str(sorted(both))[1:-1]}'
-      for of, (unit, _) in FIGURES.items():
-        curves = [curve(some, n, of) for n in (name, names[0])]
-        charts.append(svg.curves(title, curves, 'student step', unit))
-  return svg.sheet(charts, columns=len(BITS) * len(FIGURES))
 
 
 def table(records: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
@@ -247,7 +223,7 @@ def main() -> int:
   add = parser.add_argument
   add('group', choices=GROUPS)
   add('--seeds', type=int, nargs='+', default=[0, 1, 2])
-  add('--table', action='store_true', help='print and draw, run nothing')
+  add('--table', action='store_true', help='print the table, run nothing')
   args = parser.parse_args()
   group, base = GROUPS[args.group], CONFIGS[args.group]
 
@@ -268,10 +244,6 @@ def main() -> int:
     print(f'error: {RECORDS}: no records of {args.group}', file=sys.stderr)
     return 2
   print('\n'.join(table(records, names)))
-  if names[0] == next(iter(group)):
-    file = RECORDS.with_name(f'ablation_{args.group}.svg')
-    file.write_text(picture(records, names))
-    print(file)
   return 0
 
 

@@ -1,11 +1,11 @@
 """Accuracy of whole runs: a matrix of networks, bits and seeds, and its table.
 
-    python benchmarks/accuracy.py MATRIX [--runs=DIR]
-    python benchmarks/accuracy.py --table
+    python -m benchmarks.accuracy MATRIX [--runs=DIR]
+    python -m benchmarks.accuracy --table
 
 Each run goes through the command line in a workdir of its own under DIR, and
-leaves one line in accuracy.jsonl beside this file; a matrix that is started
-again goes on where it stopped. See README.md in this folder.
+leaves one line in records/accuracy.jsonl beside this file; a matrix that is
+started again goes on where it stopped. README.md in this folder says more.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from importlib import util
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RECORDS = pathlib.Path(__file__).with_name('accuracy.jsonl')
+RECORDS = pathlib.Path(__file__).parent / 'records' / 'accuracy.jsonl'
 # Real weights and images, where the tests find them.
 DATA = pathlib.Path(
   os.environ.get('CLUSTERQ_TEST_DATA') or ROOT.parent / 'shared' / 'data'
@@ -202,6 +202,7 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     'losses': losses(workdir),
     'own_generator': not stored['generator']['workdir'],
     **{k: results[k] for k in ('wall_s', 'compile_s', 'peak_rss_mb')},
+    'kind': 'measured',
     'commit': started.read_text(),
     'date': datetime.date.today().isoformat(),
     'machine': machine() | {'load': round(os.getloadavg()[2], 2)},

@@ -1,11 +1,11 @@
 """Fits the forecast of the drop to records of runs with real images.
 
-    python benchmarks/forecast.py [RECORDS] [--write]
+    python -m benchmarks.forecast [RECORDS] [--write]
 
 RECORDS: JSON lines as accuracy.py writes them, which are taken by default.
 Printed is how well every network is forecast from the other ones, and every bit
 width from the others; --write puts the coefficients from all into the package.
-See README.md in this folder and clusterq_jax/forecast.py.
+See clusterq_jax/forecast.py.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import accuracy
 from scipy import stats
 
+from benchmarks import accuracy
 from clusterq_jax.runtime import forecast
 
 LEVEL = 0.9  # of the interval
@@ -81,25 +81,47 @@ def by_network(records: list[dict[str, Any]]) -> dict[str, list[dict]]:
   }
 
 
-def leave_out(records: list[dict[str, Any]], field: str) -> Iterator[str]:
-  """A table: runs beside what runs of other values of a field say of them."""
-  yield f'| without this {field} | network | student | runs | drop | forecast |'
-  yield '|---|---|---|---|---|---|'
+def left_out(
+  records: list[dict[str, Any]], field: str
+) -> Iterator[dict[str, Any]]:
+  """Forecasts every student from the runs with other values of a field.
+
+  Args:
+    records: runs, as accuracy.py writes them.
+    field: 'config' forecasts from other networks, 'bits' from other widths.
+
+  Yields:
+    For each student: config, bits, placement, number of runs, mean drop and
+    forecast drop, both in points.
+  """
   for value in dict.fromkeys(r[field] for r in records):
     others = by_network([r for r in records if r[field] != value])
     slope = fit(others)['slope'] if len(others) > 1 else math.nan
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in records:
       if r[field] == value:
-        student = f'{r["bits"]} {r["placement"]}'
-        groups.setdefault((r['config'], student), []).append(r)
-    for (network, student), runs in groups.items():
-      drop = statistics.mean(r['drop'] for r in runs)
-      guess = slope * statistics.mean(map(divergence, runs))
-      yield (
-        f'| {value} | {network} | {student} | {len(runs)} | {drop:.2f} | '
-        f'{guess:.2f} |'
-      )
+        student = r['config'], r['bits'], r['placement']
+        groups.setdefault(student, []).append(r)
+    for (config, bits, placement), runs in groups.items():
+      yield {
+        'config': config,
+        'bits': bits,
+        'placement': placement,
+        'runs': len(runs),
+        'drop': statistics.mean(r['drop'] for r in runs),
+        'forecast': slope * statistics.mean(map(divergence, runs)),
+      }
+
+
+def leave_out(records: list[dict[str, Any]], field: str) -> Iterator[str]:
+  """A table: runs beside what runs of other values of a field say of them."""
+  yield f'| without this {field} | network | student | runs | drop | forecast |'
+  yield '|---|---|---|---|---|---|'
+  for row in left_out(records, field):
+    yield (
+      f'| {row[field]} | {row["config"]} | {row["bits"]} {row["placement"]} | '
+      f'{row["runs"]} | {row["drop"]:.2f} | {row["forecast"]:.2f} |'
+    )
 
 
 def main() -> int:

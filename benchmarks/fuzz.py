@@ -1,6 +1,6 @@
 """Damaged and hostile input files and configs: each must load or be refused.
 
-    python benchmarks/fuzz.py [--inputs=10000] [--seed=0] [--input=NUMBER]
+    python -m benchmarks.fuzz [--inputs=10000] [--seed=0] [--input=NUMBER]
 
 Whatever is wrong with an input, it ends in success or in an `InputError`, in
 seconds, within bounded memory, with nothing run and nothing written outside its

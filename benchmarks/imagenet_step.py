@@ -1,6 +1,6 @@
 """Seconds and memory of a joint step at 224x224, and of one with images given.
 
-    python benchmarks/imagenet_step.py WEIGHTS --config=configs/resnet18.py \
+    python -m benchmarks.imagenet_step WEIGHTS --config=configs/resnet18.py \
         [--channels=128,96,64,32,16,8] [--batch_size=16] [--steps=3]
 
 The joint step makes its images (generator forward and backward, teacher

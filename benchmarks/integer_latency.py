@@ -1,8 +1,12 @@
 """Latency, size and memory of an exported network against its float twin.
 
-    python benchmarks/integer_latency.py runs/mine/export
+    python -m benchmarks.integer_latency runs/mine/export
 
-See README.md in this folder.
+Compares `integer.onnx` with `float32.onnx` in one process. In every round both
+run in turn, on one thread and on two, with one image and with sixteen. The
+script prints medians of `--rounds`, the median and the 10 to 90 % range of the
+rounds' ratios, file sizes, and the memory that a runtime adds to the process.
+Without VNNI, which the first line reports, integers gain less.
 """
 
 import argparse

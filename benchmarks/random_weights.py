@@ -1,6 +1,6 @@
 """Weights for a network that no trained ones can be had for.
 
-    python benchmarks/random_weights.py --arch=resnet18 --output=F.safetensors
+    python -m benchmarks.random_weights --arch=resnet18 --output=F.safetensors
 
 Random kernels, gains and biases; BatchNorm statistics of noise images, so that
 activations keep their scale through the network, as with trained weights.

@@ -1,12 +1,17 @@
 """How a step's time and memory grow: batch, classes, network, devices, steps.
 
-    python benchmarks/scaling.py batch|classes|network|devices|steady|all
+    python -m benchmarks.scaling batch|classes|network|devices|steady|all
 
 Each configuration runs in a process of its own, which compiles it once and
 discards two steps; then all of a series step in turns, so that what else the
-machine does falls on all alike. steady is a whole run of 5,000 small steps,
-watched from outside; exit code 1 where its memory or its steps grow. Random
-weights, no data: see README.md in this folder.
+machine does falls on all alike. Ratios are to the first row of the same turn;
+beside other work trust those of CPU time. MB are the compiler's figures for
+arguments, results and temporaries on one device; peak MB is the memory of the
+process. Weights are random.
+
+steady is a whole run of 5,000 small steps, watched from outside. Exit code 1:
+from the first thousand to the last its memory grows by 16 MB and 2 %, or its
+median step by 20 %.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Weak scaling on paper: joint steps compiled for TPU v5e pods, never run.
 
     pip install -e '.[dryrun]'    # libtpu; in an environment of its own
-    python benchmarks/weak_scaling.py resnet18 resnet50
+    python -m benchmarks.weak_scaling resnet18 resnet50
 
 Prints what one chip has to do, and its images per second against those of a
 chip that is alone, at the roofline of `clusterq_jax/dryrun.py`: first with the

@@ -1,20 +1,17 @@
 """The fake-quant layer set: the student.
 
-The same parameters and BatchNorm statistics as the float set, by name, plus the
-collection `quant`: the logarithm of each quantizer's step (a step is positive,
-and its useful changes are relative), but of those that the plan fixes; and the
-zero points, which do not train.
-BatchNorm statistics are the teacher's, frozen; its gain and bias train.
-Formulas are in `quant/numerics.py`, places and bits in `quant/plan.py`.
+It has the parameters and BatchNorm statistics of the float set, by name, and
+the collection `quant`, see `quant/quantizers.py`. BatchNorm statistics are the
+teacher's and frozen; gains and biases train. Formulas are in
+`quant/numerics.py`, places and bits in `quant/plan.py`.
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from clusterq_jax.layers import float_layers
@@ -25,143 +22,108 @@ from clusterq_jax.ops.moments import (
   batch_statistics,
   sample_moments,
 )
-from clusterq_jax.quant import numerics, rounding
-from clusterq_jax.quant.plan import Plan
+from clusterq_jax.quant import numerics, quantizers, rounding
+from clusterq_jax.quant.plan import Output, Plan
 
 # Correction of a gain, up or down: where few images wake a channel, a ratio of
 # standard deviations says little.
 _LARGEST = 2.0
 
 
-def settle(plan: Plan, student: Any) -> dict[str, Any]:
-  """The student's params with every kernel on its grid.
-
-  The same network, wherever it runs: training leaves some weights so near the
-  middle between two codes that the last bit of a step, which differs between
-  machines, would decide. One such weight was seen to change 2.6 % of answers.
-
-  Args:
-    plan: every quantizer of the student.
-    student: {'params', 'quant'}.
-  """
-  params = dict(student['params'])
-  for name, bits in plan.weights:
-    kernel, (low, high) = params[name]['kernel'], numerics.weight_range(bits)
-    if plan.learned:
-      step = jnp.exp(student['quant'][name]['weights'])
-    else:
-      step = numerics.max_step(kernel, high, tuple(range(kernel.ndim - 1)))
-    settled = numerics.fake_quant(kernel, step, low, high)
-    params[name] = {**params[name], 'kernel': settled}
-  return params
-
-
-def widen(
-  plan: Plan, quant: Any, layers: Collection[str], headroom: float
-) -> dict[str, Any]:
-  """The student's quant with wider ranges of activations in some layers.
-
-  Real images reach further than synthetic ones of the same statistics, the more
-  so the later the layer: in the last ones of a CIFAR-100 network clipping had
-  twice the share in their quantization error.
-
-  Args:
-    plan: every quantizer of the student.
-    quant: its collection.
-    layers: whose ranges become wider; not where the plan fixes them.
-    headroom: 0.1 makes them 10 % wider.
-  """
-  wider = dict(quant)
-  for name, output in plan.outputs:
-    if name in layers and output.step is None:
-      log_step = quant[name]['output'] + np.float32(np.log1p(headroom))
-      wider[name] = {**quant[name], 'output': log_step}
-  return wider
-
-
 class _Quantized(nn.Module):
-  """What every quantized layer shares.
+  """The quantizers that every quantized layer shares.
 
   Attributes:
     plan: every quantizer of the student.
-    calibrate: set the steps from the values that pass, into `quant`. Where
-      steps are learned and `params` can be written, round the weights such that
-      the layers keep their outputs; given the collection `targets`, see
-      `QuantConv`, correct the BatchNorms too.
-    observe: sow the step that the values that pass would want, by largest
-      magnitude, into `ranges`.
+    calibrate: sets the steps from the values that pass. Where steps are learned
+      and `params` can be written, it also rounds the weights to keep the
+      layer's outputs, and given the collection `targets` it corrects the
+      BatchNorm, see `QuantConv`.
+    observe: sows into `ranges` the step that the largest magnitude asks for.
   """
 
   plan: Plan
   calibrate: bool = False
   observe: bool = False
 
-  def _quantize(self, x, key: str, low: int, high: int, axes) -> jax.Array:
-    def best():
-      if self.plan.learned:
-        return jnp.log(numerics.mse_step(x, low, high, axes))
-      return jnp.log(numerics.max_step(x, high, axes))
+  @property
+  def _own(self) -> Mapping[str, Any]:
+    """This layer's part of `quant`."""
+    return self.variables.get('quant', {})
 
-    log_step = self.variable('quant', key, best)
+  def _store(self, key: str, best: Callable[[], jax.Array]) -> None:
+    """Keeps a variable of `quant`: as it is, or `best()` when calibrating."""
+    variable = self.variable('quant', key, best)
     if self.calibrate:
-      log_step.value = best()
-    return numerics.fake_quant(x, jnp.exp(log_step.value), low, high)
+      variable.value = best()
 
   def quantize_weights(
     self, kernel: jax.Array, patches: Callable[[], jax.Array]
   ) -> jax.Array:
-    """Per output channel, the last axis of kernel [..., O].
+    """Quantizes a kernel [..., O] with one step per output channel.
 
-    patches: what gives the inputs that the kernel is multiplied with,
-      [P, G, N], as `convolution.patches`.
+    Args:
+      kernel: the weights.
+      patches: returns the inputs that the kernel is multiplied with,
+        [P, G, N], see `convolution.patches`.
     """
     assert self.name is not None
-    low, high = numerics.weight_range(self.plan.weight_bits(self.name))
-    axes = tuple(range(kernel.ndim - 1))
     if self.plan.learned:
-      quantized = self._quantize(kernel, 'weights', low, high, axes)
-      if self.calibrate and self.is_mutable_collection('params'):
-        step = jnp.exp(self.get_variable('quant', 'weights'))
-        quantized = rounding.compensate(kernel, patches(), step, low, high)
-        self.put_variable('params', 'kernel', quantized)
-      return quantized
-    step = jax.lax.stop_gradient(numerics.max_step(kernel, high, axes))
-    return numerics.fake_quant(kernel, step, low, high)
+      low, high = numerics.weight_range(self.plan.weight_bits(self.name))
+      axes = tuple(range(kernel.ndim - 1))
+      self._store(
+        'weights', lambda: jnp.log(numerics.mse_step(kernel, low, high, axes))
+      )
+    grid = quantizers.weight_grid(self.plan, self.name, kernel, self._own)
+    if not (
+      self.plan.learned
+      and self.calibrate
+      and self.is_mutable_collection('params')
+    ):
+      return grid.quantize(kernel)
+    rounded = rounding.compensate(kernel, patches(), *grid)
+    self.put_variable('params', 'kernel', rounded)
+    return rounded
 
   def quantize_output(self, x: jax.Array) -> jax.Array:
-    """Per tensor, where the plan has a quantizer; x of any shape."""
+    """Quantizes a tensor of any shape where the plan has a quantizer."""
     assert self.name is not None
     output = self.plan.output(self.name)
-    if output is None:
-      return x
+    if output is not None and output.step is None:
+      self._calibrate_output(x, output)
+    grid = quantizers.output_grid(self.plan, self.name, self._own)
+    return x if grid is None else grid.quantize(x)
+
+  def _calibrate_output(self, x: jax.Array, output: Output) -> None:
     if output.zero_point:
-      return self._quantize_shifted(x, output)
+      # Traced twice, computed once: XLA merges equal searches.
+      self._store(
+        'output', lambda: jnp.log(numerics.mse_zero_point(x, output.bits)[0])
+      )
+      self._store(
+        'zero_point', lambda: numerics.mse_zero_point(x, output.bits)[1]
+      )
+      return
     low, high = output.codes()
-    if output.step is not None:
-      return numerics.fake_quant(x, jnp.float32(output.step), low, high)
     axes = tuple(range(x.ndim))
+
+    def largest():
+      return jnp.log(numerics.max_step(jax.lax.stop_gradient(x), high, axes))
+
+    def best():
+      if self.plan.learned:
+        return jnp.log(numerics.mse_step(x, low, high, axes))
+      return largest()
+
     if self.observe:
       self.sow(
         'ranges',
         'output',
-        jnp.log(numerics.max_step(jax.lax.stop_gradient(x), high, axes)),
+        largest(),
         reduce_fn=lambda _, new: new,
         init_fn=lambda: None,
       )
-    return self._quantize(x, 'output', low, high, axes)
-
-  def _quantize_shifted(self, x, output):
-    def best():
-      step, zero = numerics.mse_zero_point(x, output.bits)
-      return jnp.log(step), zero
-
-    log_step = self.variable('quant', 'output', lambda: best()[0])
-    zero = self.variable('quant', 'zero_point', lambda: best()[1])
-    if self.calibrate:
-      log_step.value, zero.value = best()
-    return numerics.fake_quant(
-      x, jnp.exp(log_step.value), *output.codes(zero.value)
-    )
+    self._store('output', best)
 
 
 class QuantConv(_Quantized):

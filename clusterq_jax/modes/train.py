@@ -21,12 +21,13 @@ from clusterq_jax import data, precision, sharding
 from clusterq_jax.deploy import integer
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import fake_quant, float_layers
+from clusterq_jax.layers import float_layers
 from clusterq_jax.method import augment, losses
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.method.steps import Steps
 from clusterq_jax.ops import convolution
 from clusterq_jax.quant import plan as plan_lib
+from clusterq_jax.quant import quantizers
 from clusterq_jax.runtime import (
   bucket,
   checkpoint,
@@ -170,8 +171,8 @@ class _Run:
 
     @jax.jit
     def deliver(student):
-      params = fake_quant.settle(steps.plan, student)
-      quant = fake_quant.widen(
+      params = quantizers.settle(steps.plan, student)
+      quant = quantizers.widen(
         steps.plan, student['quant'], steps.graph.last_stage, headroom
       )
       return {**student, 'params': params, 'quant': quant}

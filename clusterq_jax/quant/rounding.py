@@ -20,7 +20,11 @@ _DAMPING = 0.01
 
 
 def compensate(
-  kernel: jax.Array, patches: jax.Array, step: jax.Array, low: int, high: int
+  kernel: jax.Array,
+  patches: jax.Array,
+  step: jax.Array,
+  low: numerics.Code,
+  high: numerics.Code,
 ) -> jax.Array:
   """Rounds weights, with little change of what they give.
 

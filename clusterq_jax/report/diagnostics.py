@@ -22,7 +22,7 @@ from flax import linen as nn
 from clusterq_jax.deploy.student import Student
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.method.centroids import RawMoments
-from clusterq_jax.quant import numerics
+from clusterq_jax.quant import quantizers
 from clusterq_jax.weights.teacher import Teacher
 
 _PIXELS = 2**19  # per forward pass: 512 images of 32 x 32, 10 of 224 x 224
@@ -176,21 +176,20 @@ def weight_errors(teacher: Teacher, student: Student) -> dict[str, WeightError]:
   """By layer with weights, in forward order."""
   errors = {}
   for name, bits in student.plan.weights:
-    low, high = numerics.weight_range(bits)
     float_ = np.asarray(teacher.variables['params'][name]['kernel'])
     kernel = jnp.asarray(student.variables['params'][name]['kernel'])
-    if student.plan.learned:
-      step = jnp.exp(student.variables['quant'][name]['weights'])
-    else:
-      step = numerics.max_step(kernel, high, tuple(range(kernel.ndim - 1)))
-    quantized = np.asarray(numerics.fake_quant(kernel, step, low, high))
+    grid = quantizers.weight_grid(
+      student.plan, name, kernel, student.variables['quant'].get(name, {})
+    )
+    low, high = int(grid.low), int(grid.high)
+    quantized = np.asarray(grid.quantize(kernel))
     channels = quantized.reshape(-1, quantized.shape[-1]).T
     used = np.mean([len(np.unique(channel)) for channel in channels])
     errors[name] = WeightError(
       bits=bits,
       sqnr=_decibel(np.sum(float_**2), np.sum((float_ - quantized) ** 2)),
       levels=float(used) / (high - low + 1),
-      clipped=float(np.mean(np.abs(float_ / step) > high + 0.5)),
+      clipped=float(np.mean(np.abs(float_ / grid.step) > high + 0.5)),
     )
   return errors
 
@@ -233,11 +232,9 @@ def output_errors(
     found = {}
     for name, output in plan.outputs:
       own = student_variables['quant'].get(name, {})
-      low, high = output.codes(own.get('zero_point'))
-      if output.step is None:
-        step = jnp.exp(own['output'])
-      else:
-        step = jnp.float32(output.step)
+      grid = quantizers.output_grid(plan, name, own)
+      assert grid is not None
+      step, low, high = grid
       before, after = ours[name]
       target = theirs[name][0]
       codes = jnp.round(before / step)

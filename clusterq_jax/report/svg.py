@@ -260,19 +260,3 @@ def heat_map(
         )
   side = size * cell
   return _svg(left + max(side, 210) + 2, top + side + 2, title, parts)
-
-
-def sheet(charts: Sequence[str], columns: int) -> str:
-  """An SVG file of several charts, of those that `curves` makes."""
-  width, height = _WIDTH + 12, _HEIGHT + 26
-  rows = -(-len(charts) // columns)
-  cells = [
-    f'<g transform="translate({i % columns * width} {i // columns * height})">'
-    f'{chart}</g>'
-    for i, chart in enumerate(charts)
-  ]
-  return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" '
-    f'height="{rows * height}"><style>{STYLE}</style>'
-    f'<rect width="100%" height="100%" fill="#fff"/>{"".join(cells)}</svg>\n'
-  )

@@ -1,29 +1,15 @@
 """The ablation benchmark: what variants of one seed share, and its table."""
 
-import pathlib
-import sys
 import types
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
+from benchmarks import ablation
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
 from clusterq_jax.method.centroids import empty
 from clusterq_jax.method.state import TrainState
-
-_FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
-
-
-@pytest.fixture(scope='module')
-def ablation():
-  sys.path.insert(0, str(_FOLDER))
-  try:
-    import ablation
-  finally:
-    sys.path.remove(str(_FOLDER))
-  return ablation
 
 
 class _Bench:
@@ -76,7 +62,7 @@ class _Bench:
     self.made.append('calibrated')
 
 
-def test_variants_share_what_they_do_not_change(ablation):
+def test_variants_share_what_they_do_not_change():
   stages = ablation.Stages()
 
   def made(variant):
@@ -103,7 +89,7 @@ def test_variants_share_what_they_do_not_change(ablation):
   assert made(groups['ideas']['no_generator']) == everything
 
 
-def test_variants_are_configs_of_their_own(ablation):
+def test_variants_are_configs_of_their_own():
   for variants in ablation.GROUPS.values():
     for variant in variants.values():
       config = config_lib.fast()
@@ -113,7 +99,7 @@ def test_variants_are_configs_of_their_own(ablation):
     assert len(set(texts)) == len(texts)
 
 
-def test_table_and_picture(ablation):
+def test_table():
   records = [
     {
       'variant': variant,
@@ -136,7 +122,3 @@ def test_table_and_picture(ablation):
   assert none == f'| `none` | {figures} | {figures} |'
   figures = '1.50 (1.50) | 0.1500 (0.1500)'
   assert late == f'| `late` | {figures} | {figures} |'
-  picture = ablation.picture(records, names)
-  # Of the seed that both have, without the start.
-  assert 'W4A4, seed 1<' in picture
-  assert ablation.curve(records[2:3], 'none', 'drops').y == [2, 1.0]

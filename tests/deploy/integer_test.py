@@ -16,6 +16,7 @@ from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import protocol, registry
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import plan as plan_lib
+from clusterq_jax.quant import quantizers
 from clusterq_jax.weights import teacher
 
 onnx = pytest.importorskip('onnx')
@@ -332,7 +333,7 @@ def test_settled_weights(embedded, test_images, learned):
   """The student answers as the integer network, to float rounding."""
   network = _student(embedded, _bits(4, 4), learned)
   settled = dict(network.variables)
-  settled['params'] = fake_quant.settle(network.plan, settled)
+  settled['params'] = quantizers.settle(network.plan, settled)
   for name, layer in network.variables['params'].items():
     before, after = layer['kernel'], settled['params'][name]['kernel']
     values = {len(np.unique(after[..., o])) for o in range(after.shape[-1])}

@@ -12,8 +12,9 @@ from PIL import Image
 import clusterq_jax
 from clusterq_jax import data, weights
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import fake_quant, float_layers
+from clusterq_jax.layers import float_layers
 from clusterq_jax.modes import train
+from clusterq_jax.quant import quantizers
 from clusterq_jax.runtime import forecast, metrics
 from clusterq_jax.runtime import workdir as workdir_lib
 from clusterq_jax.runtime.evaluation import on_images
@@ -170,8 +171,8 @@ def test_loaded_student(finished, state_at):
   assert (student.bits.weights, student.bits.placement) == (4, 'paper')
   state = state_at(10)
   trained = dict(state.student)
-  trained['params'] = fake_quant.settle(finished.steps.plan, trained)
-  trained['quant'] = fake_quant.widen(
+  trained['params'] = quantizers.settle(finished.steps.plan, trained)
+  trained['quant'] = quantizers.widen(
     finished.steps.plan,
     trained['quant'],
     finished.steps.graph.last_stage,

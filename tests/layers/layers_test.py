@@ -14,7 +14,7 @@ from clusterq_jax.models import cifar_resnet as resnet
 from clusterq_jax.models import protocol, registry
 from clusterq_jax.ops import channels, convolution
 from clusterq_jax.ops.moments import Moments, Statistics, batch_statistics
-from clusterq_jax.quant import plan
+from clusterq_jax.quant import plan, quantizers
 
 # Whole networks run once here: what costs time is compiling them.
 _jit = functools.partial(
@@ -538,7 +538,7 @@ def test_headroom_is_of_activations_of_the_last_stage():
   pair = _pair(1, 'conv')
   decided = pair.plan(4, 'integer')
   _, quant = pair.calibrated(decided)
-  wider = fake_quant.widen(decided, quant, pair.graph.last_stage, 0.25)
+  wider = quantizers.widen(decided, quant, pair.graph.last_stage, 0.25)
   assert pair.graph.last_stage == {
     f'stage3_block1_{layer}' for layer in ('conv1', 'conv2', 'shortcut', 'add')
   }

@@ -1,16 +1,13 @@
 """The forecast: what its interval is, where it is none, how it is fitted."""
 
 import json
-import pathlib
-import runpy
 
 import ml_collections
 import pytest
 
+from benchmarks import forecast as fitting
 from clusterq_jax.report import closing_table as report
 from clusterq_jax.runtime import forecast
-
-_BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
 
 
 @pytest.fixture
@@ -64,11 +61,9 @@ def _record(drop, divergence):
   }
 
 
-def test_fit(monkeypatch):
-  monkeypatch.syspath_prepend(str(_BENCHMARKS))
-  fit = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['fit']
+def test_fit():
   # Slopes 10, 20 and 40, whatever the number of runs; no scatter but one's.
-  found = fit(
+  found = fitting.fit(
     {
       'a': [_record(1.0, 0.1), _record(2.0, 0.2), _record(3.0, 0.3)],
       'b': [_record(1.9, 0.1), _record(2.1, 0.1)],
@@ -85,9 +80,7 @@ def test_fit(monkeypatch):
   assert found['largest_divergence'] == 0.3
 
 
-def test_what_is_forecast_is_not_fitted_on(monkeypatch):
-  monkeypatch.syspath_prepend(str(_BENCHMARKS))
-  leave_out = runpy.run_path(str(_BENCHMARKS / 'forecast.py'))['leave_out']
+def test_what_is_forecast_is_not_fitted_on():
   records = [
     _record(drop, 0.1)
     | {'config': config, 'bits': bits, 'placement': placement}
@@ -100,10 +93,10 @@ def test_what_is_forecast_is_not_fitted_on(monkeypatch):
     )
   ]
   # By network c is forecast from a and b, of slope 10.
-  found = list(leave_out(records, 'config'))
+  found = list(fitting.leave_out(records, 'config'))
   assert '| c | c | W4A4 paper | 2 | 9.00 | 1.00 |' in found
   assert '| c | c | W4A4 integer | 1 | 9.00 | 1.00 |' in found
   records[-1]['drop'] = 0.0
   # By bits, W8A8 from the runs of W4A4 of all: the cube root of 10 x 10 x 90.
-  found = list(leave_out(records, 'bits'))
+  found = list(fitting.leave_out(records, 'bits'))
   assert '| W8A8 | c | W8A8 paper | 1 | 0.00 | 2.08 |' in found
