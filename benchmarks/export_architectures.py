@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 
 from benchmarks import bit_exactness, random_weights
-from clusterq_jax.deploy import integer
+from clusterq_jax.deploy import fold as folding
 from clusterq_jax.deploy import onnx_graph as onnx_layers
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.method import procedural
@@ -54,7 +54,7 @@ def fold(arch: str, bits: int):
   quant = calibrate(variables, jax.random.key(0))
   student = jax.device_get({**variables, **quant})
   weights = sum(a.size for a in jax.tree.leaves(variables['params']))
-  return integer.fold(graph, plan, student, prep), graph, prep, weights
+  return folding.fold(graph, plan, student, prep), graph, prep, weights
 
 
 def optimised(file: pathlib.Path) -> Counter[str]:

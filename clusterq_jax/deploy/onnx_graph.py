@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clusterq_jax.deploy import integer
+from clusterq_jax.deploy import fold, integer
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.models.protocol import Graph, Node
@@ -32,15 +32,15 @@ _INT4_HIGH = 7
 
 
 def integer_model(
-  folded: integer.Folded, metadata: Mapping[str, str]
+  network: integer.IntegerNetwork, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
-  """The integer network; gives the logits of `folded.logits`.
+  """Writes the integer network, which gives the logits of `network.logits`.
 
   Args:
-    folded: from `integer.fold`.
+    network: from `fold.fold`.
     metadata: stored in the file.
   """
-  return _Integer(folded).model(metadata)
+  return _Integer(network).model(metadata)
 
 
 def float_model(
@@ -136,7 +136,7 @@ class _Emitter:
     gain, offset = (
       self.constant(f'images/{name}', array.reshape(-1, 1, 1))
       for name, array in zip(
-        ('gain', 'offset'), integer.normalization(preprocessing), strict=True
+        ('gain', 'offset'), fold.normalization(preprocessing), strict=True
       )
     )
     x = self.node('Mul', [x, gain], 'images/scaled')
@@ -217,7 +217,7 @@ class _Float(_Emitter):
       self.node(op, [real], node.name)
 
   def weights(self, node):
-    kernel, gain, bias = integer.folded_batch_norm(self.variables, node)
+    kernel, gain, bias = fold.fold_batch_norm(self.variables, node)
     return [
       self.constant(
         f'{node.name}/weight', _transposed((kernel * gain).astype(np.float32))
@@ -240,13 +240,14 @@ class _Float(_Emitter):
 
 
 class _Integer(_Emitter):
-  def __init__(self, folded):
+  def __init__(self, network: integer.IntegerNetwork):
     super().__init__()
-    self.graph, self.preprocessing = folded.graph, folded.preprocessing
-    self.folded = folded
-    for name, grid in folded.grids.items():
-      self.constant(f'{name}/step', grid.step)
-      self.constant(f'{name}/zero', np.uint8(grid.zero))
+    self.graph, self.preprocessing = network.graph, network.preprocessing
+    self.layers = network.layers
+    for name, layer in network.layers.items():
+      if layer.grid is not None:
+        self.constant(f'{name}/step', layer.grid.step)
+        self.constant(f'{name}/zero', np.uint8(layer.grid.zero))
 
   def read(self, node, i=0, tensor=None):
     source = node.inputs[i]
@@ -258,7 +259,8 @@ class _Integer(_Emitter):
 
   def write(self, node, real):
     # An activation is where the grid ends.
-    name, grid = node.name, self.folded.grids[node.name]
+    name, grid = node.name, self.layers[node.name].grid
+    assert grid is not None
     ends = [grid.low, grid.high]
     full = ends == [0, 255]
     inputs = [real, f'{name}/step', f'{name}/zero']
@@ -269,11 +271,12 @@ class _Integer(_Emitter):
       )
 
   def weights(self, node):
-    name, own = node.name, self.folded.tensors[node.name]
-    step = self.folded.weight_steps[name]
-    bias_step = self.folded.grids[node.inputs[0]].step * step
+    name, layer = node.name, self.layers[node.name]
+    assert layer.weights is not None
+    step = layer.weights.step
+    bias_step = layer.sources[0].step * step
     weight = [
-      self._weight_codes(node),
+      self._weight_codes(name, layer.weights),
       self.constant(f'{name}/w/step', step),
     ]
     if node.op == 'dense':  # ONNX Runtime's QGemm asks for it
@@ -281,7 +284,7 @@ class _Integer(_Emitter):
         self.constant(f'{name}/w/zero', np.zeros(len(step), np.int8))
       )
     bias = [
-      self.constant(f'{name}/b', own['bias']),
+      self.constant(f'{name}/b', layer.weights.bias),
       self.constant(f'{name}/b/step', bias_step),
     ]
     return [
@@ -289,31 +292,34 @@ class _Integer(_Emitter):
       for what, inputs in (('w', weight), ('b', bias))
     ]
 
-  def _weight_codes(self, node: Node) -> str:
+  def _weight_codes(self, name: str, weights: integer.Weights) -> str:
     """Small codes as INT4 times a factor: folded when the file is loaded.
 
     INT4 straight into DequantizeLinear would run in float.
     """
-    stored = f'{node.name}/w'
-    codes = _transposed(self.folded.tensors[node.name]['codes'])
-    factor = self.folded.factors[node.name]
-    small = codes // factor
+    stored = f'{name}/w'
+    codes = _transposed(weights.codes)
+    small = codes // weights.factor
     if np.abs(small).max() > _INT4_HIGH:
       return self.constant(stored, codes)
     x = self.constant(f'{stored}/4', small.astype(ml_dtypes.int4))
     x = self.node('Cast', [x], f'{stored}/32', to=TensorProto.INT32)
-    x = self.node('Mul', [x, self._shared(np.int32(factor))], f'{stored}/x')
+    x = self.node(
+      'Mul', [x, self._shared(np.int32(weights.factor))], f'{stored}/x'
+    )
     return self.node('Cast', [x], stored, to=TensorProto.INT8)
 
   def zero(self, node):
-    return np.uint8(self.folded.grids[node.name].zero)
+    grid = self.layers[node.name].grid
+    assert grid is not None
+    return np.uint8(grid.zero)
 
   def _avg_pool(self, node):
     name, channels = node.name, self.graph.channels(node.name)
     ones = np.ones((channels, 1, node.kernel, node.kernel), np.int8)
     weight = [
       self.constant(f'{name}/w', ones),
-      self.constant(f'{name}/w/step', self.folded.weight_steps[name]),
+      self.constant(f'{name}/w/step', integer.window_share(node)),
     ]
     inputs = [
       self.read(node),

@@ -18,7 +18,7 @@ import numpy as np
 
 from clusterq_jax import precision
 from clusterq_jax import weights as weights_lib
-from clusterq_jax.deploy import integer
+from clusterq_jax.deploy import fold, integer
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.models import protocol, registry
@@ -92,7 +92,7 @@ class Student:
     return _logits(self, images)
 
   @precision.in_float32
-  def integer(self) -> integer.Folded:
+  def integer(self) -> integer.IntegerNetwork:
     """The network that an integer runtime executes.
 
     Raises:
@@ -104,9 +104,7 @@ class Student:
         "which leaves residual adds in float; expected 'integer': quantize "
         'again with --config.quant.placement=integer, in another workdir'
       )
-    return integer.fold(
-      self.graph, self.plan, self.variables, self.preprocessing
-    )
+    return fold.fold(self.graph, self.plan, self.variables, self.preprocessing)
 
 
 @jax.jit

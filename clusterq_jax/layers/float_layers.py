@@ -27,12 +27,26 @@ def activate(x: jax.Array, act: protocol.Activation) -> jax.Array:
   return jax.nn.relu(x) if act == 'relu' else x
 
 
-def pad_channels(x: jax.Array, features: int, strides: int) -> jax.Array:
-  """[B, H, W, C] to [B, H / strides, W / strides, features], zeros around C."""
+def pad_channels(
+  x: jax.Array, features: int, strides: int, zero: int = 0
+) -> jax.Array:
+  """Subsamples pixels and pads channels on both sides.
+
+  Args:
+    x: [B, H, W, C].
+    features: channels after it.
+    strides: every so many pixels, in both directions, one is kept.
+    zero: the value of the new channels.
+
+  Returns:
+    [B, H / strides, W / strides, features].
+  """
   before = (features - x.shape[-1]) // 2
   after = features - x.shape[-1] - before
   x = x[:, ::strides, ::strides]
-  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))
+  return jnp.pad(
+    x, ((0, 0), (0, 0), (0, 0), (before, after)), constant_values=zero
+  )
 
 
 def max_pool(

@@ -18,7 +18,7 @@ import numpy as np
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import data, precision, sharding
-from clusterq_jax.deploy import integer
+from clusterq_jax.deploy import fold
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
@@ -183,9 +183,9 @@ class _Run:
         **jax.device_get(student),
         'batch_stats': self.teacher.variables['batch_stats'],
       }
-      folded = integer.fold(steps.graph, steps.plan, whole, steps.preprocessing)
+      folded = fold.fold(steps.graph, steps.plan, whole, steps.preprocessing)
       student['params'] = jax.device_put(
-        integer.round_biases(folded, whole), sharding.replicated(steps.mesh)
+        fold.round_biases(folded, whole), sharding.replicated(steps.mesh)
       )
     return state.replace(student=student)
 

@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
 
 def weight_grid(
-  plan: Plan, name: str, kernel: jax.Array, own: Mapping[str, Any]
+  plan: Plan, name: str, kernel: Any, own: Mapping[str, Any]
 ) -> Grid:
   """Returns the grid of a layer's weights.
 

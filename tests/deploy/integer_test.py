@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from clusterq_jax import data
-from clusterq_jax.deploy import integer, student
+from clusterq_jax.deploy import fold, integer, student
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import protocol, registry
 from clusterq_jax.models.preprocessing import Preprocessing
@@ -237,10 +237,10 @@ def test_zero_points_move_the_codes():
   for name in ('stem', 'windows'):  # signed, and they feed a convolution
     zeros.append(float(one.variables['quant'][name]['zero_point']))
     low = 128 - zeros[-1]
-    assert folded.grids[name][1:] == (128, low, low + 15)
+    assert folded.layers[name].grid[1:] == (128, low, low + 15)
   assert zeros != [8, 8]  # as the tests of the runtime above have them
   # A byte has no room for more.
-  assert folded.grids['add'][1:] == (128, 0, 255)
+  assert folded.layers['add'].grid[1:] == (128, 0, 255)
 
 
 @pytest.mark.parametrize(
@@ -341,17 +341,23 @@ def test_settled_weights(embedded, test_images, learned):
     largest = np.abs(before).max(tuple(range(before.ndim - 1)))
     assert np.all(np.abs(after - before) <= largest)
   folded = dataclasses.replace(network, variables=settled).integer()
-  settled = {**settled, 'params': integer.round_biases(folded, settled)}
+  settled = {**settled, 'params': fold.round_biases(folded, settled)}
   network = dataclasses.replace(network, variables=settled)
   again = network.integer()
-  for name, tensors in folded.tensors.items():
-    for key in tensors.keys() - {'multiplier'}:
-      np.testing.assert_array_equal(again.tensors[name][key], tensors[key])
+  for name, layer in folded.layers.items():
+    other = again.layers[name]
+    np.testing.assert_array_equal(other.table, layer.table)
+    if layer.weights is not None:
+      np.testing.assert_array_equal(other.weights.codes, layer.weights.codes)
+      np.testing.assert_array_equal(other.weights.bias, layer.weights.bias)
   # The bias of a convolution, that of BatchNorm included: whole in units of a
   # sum.
   node = folded.graph.node('stage2_block1_conv2')
-  _, _, bias = integer.folded_batch_norm(settled, node)
-  unit = folded.grids[node.inputs[0]].step * folded.weight_steps[node.name]
+  _, _, bias = fold.fold_batch_norm(settled, node)
+  unit = (
+    folded.layers[node.inputs[0]].grid.step
+    * folded.layers[node.name].weights.step
+  )
   assert np.abs(bias / unit - np.rint(bias / unit)).max() < 0.05
   images = test_images.images[:500]
   real = np.asarray(jax.jit(folded.logits)(images)).argmax(-1)
@@ -368,23 +374,22 @@ def test_wide_sums_are_exact():
   source = _tiny('conv')
   folded = _student(source, _bits(8, 8)).integer()
   name = 'stage3_block1_conv2'
-  node = folded.graph.node(name)
   shape = (3, 3, 512, 4)
   codes = random.randint(100, 128, shape).astype(np.int8)
   x = random.randint(200, 256, (2, 5, 5, 512)).astype(np.uint8)
-  own = {'codes': codes, 'bias': np.arange(4, dtype=np.int32)}
+  bias = np.arange(4, dtype=np.int32)
   expected = np.zeros((2, 5, 5, 4), np.int64)
   padded = np.pad(np.int64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
   for i in range(3):
     for j in range(3):
       expected += padded[:, i : i + 5, j : j + 5] @ np.int64(codes[i, j])
-  expected += own['bias']
+  expected += bias
   assert expected.max() > 2**24
 
   def sums(wide):
-    network = dataclasses.replace(folded, wide=wide)
-    zero = folded.grids[node.inputs[0]].zero
-    assert zero == 0
+    layer = folded.layers[name]
+    assert layer.sources[0].zero == 0
+    weights = layer.weights._replace(codes=codes, bias=bias, wide=wide)
 
     def convolve(x, kernel):
       return jax.lax.conv_general_dilated(
@@ -396,10 +401,11 @@ def test_wide_sums_are_exact():
         precision='highest',
       )
 
-    return network._sums(node, own, jnp.asarray(x), convolve)
+    layer = dataclasses.replace(layer, weights=weights)
+    return integer.weighted_sums(layer, jnp.asarray(x), convolve)
 
-  np.testing.assert_array_equal(sums(frozenset([name])), expected)
-  assert np.any(sums(frozenset()) != expected)
+  np.testing.assert_array_equal(sums(True), expected)
+  assert np.any(sums(False) != expected)
 
 
 def test_relu6_ends_the_codes():
@@ -408,9 +414,9 @@ def test_relu6_ends_the_codes():
   large['scale'] = 9 * large['scale']  # so that six is exceeded
   network = _student(source, _bits(8, 8))
   folded = network.integer()
-  grid = folded.grids['stem']
+  grid = folded.layers['stem'].grid
   assert grid.step * (grid.high + 0.5) > 6 > grid.step * (grid.high - 0.5)
-  assert folded.grids['max'] == grid  # on the grid of its input
+  assert folded.layers['max'].grid == grid  # on the grid of its input
   images = np.random.RandomState(1).randint(0, 256, (99, 9, 12, 3), np.uint8)
   fake = np.asarray(network.logits(images))
   real = np.asarray(jax.jit(folded.logits)(images))
@@ -418,40 +424,44 @@ def test_relu6_ends_the_codes():
   np.testing.assert_allclose(real, fake, atol=0.05 * np.std(fake))
 
 
+def _wide(network):
+  layers = network.integer().layers
+  return [n for n, a in layers.items() if a.weights and a.weights.wide]
+
+
 def test_wide_layers_are_found():
   source = _tiny('conv')
   kernel = source.variables['params']['stage3_block1_conv2']['kernel']
-  assert not _student(source, _bits(8, 8)).integer().wide
+  assert not _wide(_student(source, _bits(8, 8)))
   # Equal weights are all at the largest code: 64 * 9 * 127 * 255 > 2^24.
   source.variables['params']['stage3_block1_conv2']['kernel'] = np.ones_like(
     kernel
   )
-  wide = _student(source, _bits(8, 8), learned=False).integer().wide
-  assert wide == {'stage3_block1_conv2'}
+  wide = _wide(_student(source, _bits(8, 8), learned=False))
+  assert wide == ['stage3_block1_conv2']
 
 
 def test_small_codes_are_scaled_up(quantized):
   """So that the bias, in units of one code, is finer; and cannot saturate."""
   student44 = quantized(4, 4).integer()
-  assert student44.factors['stage2_block1_conv1'] == 18
-  assert student44.factors['stem'] == 9  # its input has 8 bits
-  eight = quantized(8, 8).integer()
-  assert set(eight.factors.values()) == {1}
-  for folded in (student44, quantized(4, 8).integer()):
-    for name, factor in folded.factors.items():
-      codes = folded.tensors[name]['codes']
-      assert not np.any(codes % factor)
-      source = folded.grids[folded.graph.node(name).inputs[0]]
-      # Two products in 16 bits.
-      assert 2 * source.high * np.abs(np.int64(codes)).max() < 2**15
+  assert student44.layers['stage2_block1_conv1'].weights.factor == 18
+  assert student44.layers['stem'].weights.factor == 9  # its input has 8 bits
+  eight = [a.weights for a in quantized(8, 8).integer().layers.values()]
+  assert {weights.factor for weights in eight if weights} == {1}
+  for network in (student44, quantized(4, 8).integer()):
+    for layer in network.layers.values():
+      if layer.weights is not None:
+        codes = layer.weights.codes
+        assert not np.any(codes % layer.weights.factor)
+        # Two products in 16 bits.
+        high = layer.sources[0].high
+        assert 2 * high * np.abs(np.int64(codes)).max() < 2**15
 
 
 def test_a_dead_gain_keeps_its_bias():
-  folded = _student(_tiny(), _bits(8, 8)).integer()
-  own = folded.tensors['stem']
-  assert not np.any(own['codes'][..., 3])
-  step = folded.grids['input'].step * folded.weight_steps['stem'][3]
-  _, _, bias = integer.folded_batch_norm(
-    _tiny().variables, folded.graph.node('stem')
-  )
-  assert own['bias'][3] * step == pytest.approx(bias[3], rel=1e-6)
+  network = _student(_tiny(), _bits(8, 8)).integer()
+  layer = network.layers['stem']
+  assert not np.any(layer.weights.codes[..., 3])
+  step = layer.sources[0].step * layer.weights.step[3]
+  _, _, bias = fold.fold_batch_norm(_tiny().variables, layer.node)
+  assert layer.weights.bias[3] * step == pytest.approx(bias[3], rel=1e-6)

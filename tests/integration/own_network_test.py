@@ -127,5 +127,5 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
   np.testing.assert_array_equal(jax.jit(folded.logits)(images), logits)
   assert np.ptp(logits, 0).min() > 0
   # Residual adds without an activation are signed.
-  assert folded.grids['stage1_block1_add'].zero == 128
-  assert folded.grids['stage1_block3_add'].zero == 0
+  assert folded.layers['stage1_block1_add'].grid.zero == 128
+  assert folded.layers['stage1_block3_add'].grid.zero == 0
