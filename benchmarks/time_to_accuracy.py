@@ -258,9 +258,11 @@ def calibrated(
   courses['MSE ranges, nearest rounding'] = [bench.point(student, seconds)]
 
   start = time.monotonic()
-  for name, bits in bench.steps.plan.weights:
-    step = np.exp(student['quant'][name]['weights'])
-    params[name]['kernel'] = squant(params[name]['kernel'], step, bits)
+  plan = bench.steps.plan
+  for name, bits in plan.weights:
+    kernel = params[name]['kernel']
+    grid = quantizers.weight_grid(plan, name, kernel, student['quant'][name])
+    params[name]['kernel'] = squant(kernel, np.asarray(grid.step), bits)
   seconds += time.monotonic() - start
   courses['MSE ranges, closed-form rounding'] = [bench.point(student, seconds)]
 

@@ -30,7 +30,7 @@ from clusterq_jax.quant.plan import Output, Plan
 _LARGEST = 2.0
 
 
-class _Quantized(nn.Module):
+class _Quantized(nn.Module, kw_only=True):
   """The quantizers that every quantized layer shares.
 
   Attributes:
@@ -126,46 +126,23 @@ class _Quantized(nn.Module):
     self._store('output', best)
 
 
-class QuantConv(_Quantized):
+class QuantConv(_Quantized, float_layers.ConvBase):
   """Quantized convolution, frozen BatchNorm, activation, output quantizer.
 
-  Variables as `float.ConvBN`; quant `weights` [O] (learned steps only) and
-  `output` []; targets `input`: what the statistics of the BatchNorm's input
-  should be while it calibrates, [O] each.
+  The collection `targets`, which only calibration reads, holds as `input` the
+  statistics that the BatchNorm's input should have, [O] each.
   """
-
-  features: int = 0
-  kernel: int = 1
-  strides: int = 1
-  padding: protocol.Padding = None
-  groups: int = 1
-  act: protocol.Activation = None
-  epsilon: float = protocol.EPSILON
-  dtype: convolution.DType = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
-    kernel = self.param(
-      'kernel', nn.initializers.he_normal(), (*shape, self.features)
-    )
-    scale = self.param('scale', nn.initializers.ones, (self.features,))
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
-    var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
-    h = convolution.conv2d(
-      x,
-      self.quantize_weights(
-        kernel,
-        lambda: convolution.patches(
-          x, self.kernel, self.strides, self.padding, self.groups
-        ),
+    kernel, scale, bias, mean, var = self.make_variables(x)
+    quantized = self.quantize_weights(
+      kernel,
+      lambda: convolution.patches(
+        x, self.kernel, self.strides, self.padding, self.groups
       ),
-      self.strides,
-      self.padding,
-      self.groups,
-      self.dtype,
     )
+    h = self.convolve(x, quantized)
     if self.calibrate and self.has_variable('targets', 'input'):
       scale, bias = self._corrected(h, scale, bias, mean.value, var.value)
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
@@ -193,7 +170,7 @@ class QuantConv(_Quantized):
 class QuantDense(_Quantized):
   """Dense layer with quantized weights; params as `float.Dense`."""
 
-  features: int = 0
+  features: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -225,23 +202,23 @@ def layer_set(
 ) -> protocol.LayerSet:
   """The quantized layers that `plan` describes; see `_Quantized`."""
   plain = float_layers.layer_set()
+  options: dict[str, Any] = {
+    'plan': plan,
+    'calibrate': calibrate,
+    'observe': observe,
+  }
 
   def quantized(layer):
-    def factory(*args, name: str, **options):
-      return _WithoutWeights(
-        plan,
-        calibrate,
-        observe,
-        function=layer(*args, name=name, **options),
-        name=name,
-      )
+    def factory(*args, name: str, **arguments):
+      function = layer(*args, name=name, **arguments)
+      return _WithoutWeights(function=function, name=name, **options)
 
     return factory
 
   return protocol.LayerSet(
     input=quantized(plain.input),
-    conv_bn=functools.partial(QuantConv, plan, calibrate, observe, dtype=dtype),
-    dense=functools.partial(QuantDense, plan, calibrate, observe),
+    conv_bn=functools.partial(QuantConv, dtype=dtype, **options),
+    dense=functools.partial(QuantDense, **options),
     add=quantized(plain.add),
     pad_shortcut=plain.pad_shortcut,
     max_pool=plain.max_pool,

@@ -7,7 +7,7 @@ maps themselves need not stay alive.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +68,28 @@ def flatten(x: jax.Array) -> jax.Array:
   return jax.lax.collapse(jnp.moveaxis(x, -1, 1), 1)
 
 
-class ConvBN(nn.Module):
-  """Convolution, BatchNorm, activation.
+class ConvVariables(NamedTuple):
+  """The variables of a convolution with BatchNorm.
 
-  Params `kernel` [kh, kw, I / groups, O], `scale` [O], `bias` [O];
-  batch_stats `mean` [O], `var` [O].
+  Attributes:
+    kernel: [kh, kw, I / groups, O].
+    scale: gain of the BatchNorm, [O].
+    bias: of the BatchNorm, [O].
+    mean: stored mean, a Flax variable, [O].
+    var: stored variance, a Flax variable, [O].
+  """
+
+  kernel: jax.Array
+  scale: jax.Array
+  bias: jax.Array
+  mean: nn.Variable
+  var: nn.Variable
+
+
+class ConvBase(nn.Module):
+  """What the float and the quantized convolution with BatchNorm share.
+
+  Attributes: as in `LayerSet.conv_bn`; dtype: see `conv2d`.
   """
 
   features: int
@@ -83,22 +100,42 @@ class ConvBN(nn.Module):
   act: protocol.Activation = None
   epsilon: float = protocol.EPSILON
   dtype: convolution.DType = None
+
+  def make_variables(self, x: jax.Array) -> ConvVariables:
+    """Declares the params and batch_stats for inputs x, [B, H, W, I]."""
+    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
+    channels = (self.features,)
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    return ConvVariables(
+      self.param('kernel', nn.initializers.he_normal(), (*shape, *channels)),
+      self.param('scale', ones, channels),
+      self.param('bias', zeros, channels),
+      self.variable('batch_stats', 'mean', jnp.zeros, channels),
+      self.variable('batch_stats', 'var', jnp.ones, channels),
+    )
+
+  def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves [B, H, W, I] to [B, H', W', O]."""
+    return convolution.conv2d(
+      x, kernel, self.strides, self.padding, self.groups, self.dtype
+    )
+
+
+class ConvBN(ConvBase):
+  """Convolution, BatchNorm, activation.
+
+  Attributes:
+    train: uses and updates batch statistics.
+    tap: sows the moments of the BatchNorm's input into `moments`.
+  """
+
   train: bool = False
   tap: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
-    kernel = self.param(
-      'kernel', nn.initializers.he_normal(), (*shape, self.features)
-    )
-    scale = self.param('scale', nn.initializers.ones, (self.features,))
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.features,))
-    var = self.variable('batch_stats', 'var', jnp.ones, (self.features,))
-    h = convolution.conv2d(
-      x, kernel, self.strides, self.padding, self.groups, self.dtype
-    )
+    kernel, scale, bias, mean, var = self.make_variables(x)
+    h = self.convolve(x, kernel)
     if self.tap:
       self.sow(
         'moments',
