@@ -5,8 +5,11 @@ Paper: ClusterQ, arXiv 2205.00179, table I (92.06 from a 93.89 teacher).
     python -m clusterq_jax.main --config=configs/cifar10_resnet20.py \
         --workdir=runs/cifar10
 
-Needs weights/resnet20-12fca82f.th. 10,000 warm-up and 70,000 joint steps of 200
-images: for an accelerator. Not run here to the end; accuracy and time unknown.
+Needs weights/resnet20-12fca82f.th: download
+pretrained_models/resnet20-12fca82f.th of
+https://github.com/akamaster/pytorch_resnet_cifar10 to there, or set
+config.teacher.weights. 10,000 warm-up and 70,000 joint steps of 200 images: for
+an accelerator. Not run here to the end; accuracy and time unknown.
 `cifar10_resnet20_fast.py` is the short schedule that was measured.
 """
 
@@ -17,11 +20,6 @@ def get_config():
   """The defaults are the paper's; what remains is the teacher."""
   config = config_lib.defaults()
   config.teacher.weights = 'weights/resnet20-12fca82f.th'
-  config.teacher.hint = (
-    'download pretrained_models/resnet20-12fca82f.th of '
-    'https://github.com/akamaster/pytorch_resnet_cifar10 to there, or set '
-    'config.teacher.weights'
-  )
   config.teacher.num_classes = 10
   config.teacher.image_size = (32, 32)
   config.teacher.mean = (0.485, 0.456, 0.406)

@@ -72,7 +72,6 @@ def get_config():
   config.checkpoint_every = 2
   config.teacher.arch = 'resnet8'
   config.teacher.weights = {weights!r}
-  config.teacher.hint = 'run the fixture'
   config.quant.headroom = 0.05
   config.generator.latent_dim = 8
   config.generator.channels = (8, 8, 8)

@@ -131,7 +131,6 @@ def defaults() -> ml_collections.ConfigDict:
   teacher.arch = 'resnet20'
   teacher.weights = 'embedded'
   teacher.entry = ''  # of a file with several networks; '': what fits
-  teacher.hint = ''  # how to get the weights, for the error without them
   teacher.num_classes = placeholder(int)  # None: as in the weights
   # What the weights expect as input; None: as the file's metadata say.
   teacher.image_size = placeholder(tuple)

@@ -61,8 +61,9 @@ _ARCHITECTURES = {
     f'resnet{depth}': Architecture(
       'cifar_resnet',
       functools.partial(cifar_resnet.CifarResNet, depth=depth),
-      source='download it from '
-      'https://github.com/akamaster/pytorch_resnet_cifar10',
+      source='download CIFAR-10 weights from pretrained_models/ of '
+      'https://github.com/akamaster/pytorch_resnet_cifar10; '
+      'configs/cifar100_resnet20.py names a source for CIFAR-100',
     )
     for depth in (8, 20, 32, 44, 56, 110)
   },
@@ -169,7 +170,11 @@ def register(
       'name'
     )
   _ARCHITECTURES[name] = Architecture(
-    name, network, dataclasses.asdict(preprocessing), rows=rows
+    name,
+    network,
+    dataclasses.asdict(preprocessing),
+    source=f'{_SAVE}the torch network that {name!r} describes',
+    rows=rows,
   )
 
 

@@ -50,7 +50,6 @@ class Teacher:
 def load(
   arch: str,
   path: str,
-  hint: str = '',
   entry: str = '',
   num_classes: int | None = None,
   **preprocessing: Any,
@@ -60,8 +59,6 @@ def load(
   Args:
     arch: name of the architecture.
     path: weights file, or 'embedded'.
-    hint: how to get the file, for the error when it is not there; '': as is
-      usual for the architecture.
     entry: of the file, see `weights.load`.
     num_classes: what the config expects; None takes what the file has.
     **preprocessing: fields of `Preprocessing`; None means that the file's
@@ -72,10 +69,8 @@ def load(
   """
   file = EMBEDDED_FILE if path == EMBEDDED else pathlib.Path(path)
   if not file.exists():
-    hint = hint or registry.architecture(arch).source
-    raise InputError(
-      f'teacher.weights: no file {path}' + f'; {hint}' * bool(hint)
-    )
+    source = registry.architecture(arch).source
+    raise InputError(f'teacher.weights: no file {path}; {source}')
   loaded = weights_lib.load(str(file), arch, entry)
   options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
   classes = int(loaded.options['num_classes'])
