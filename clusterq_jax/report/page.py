@@ -26,6 +26,7 @@ from PIL import Image
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import data, precision
+from clusterq_jax.atomic import atomic
 from clusterq_jax.data import image_files
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
@@ -185,9 +186,8 @@ def write(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     page = _page(
       _Run(config, folder, teacher, steps, state, results, lines, shown, images)
     )
-    temporary = folder / 'report.tmp'
-    temporary.write_text(page)
-    temporary.replace(folder / 'report.html')
+    with atomic(folder / 'report.html') as temporary:
+      temporary.write_text(page)
   return results
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import tqdm
 
+from clusterq_jax.atomic import atomic
 from clusterq_jax.errors import InputError
 
 _SILENCE_S = 20.0  # between lines where there is no terminal
@@ -31,9 +32,8 @@ class MetricsFile:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if _step(line) <= step]
     if len(kept) != len(lines):
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(''.join(f'{line}\n' for line in kept))
-      os.replace(temporary, path)
+      with atomic(path) as temporary:
+        temporary.write_text(''.join(f'{line}\n' for line in kept))
     self._file = path.open('ab', buffering=0)
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -183,9 +183,8 @@ def peak_rss_mb() -> float:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON atomically."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  os.replace(temporary, path)
+  with atomic(path) as temporary:
+    temporary.write_text(json.dumps(value, indent=2) + '\n')
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from clusterq_jax.atomic import atomic
+
 ROWS = 10
 COLUMNS = 10
 _ZOOM = 2
@@ -37,11 +39,10 @@ def save(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
   """
   picture = Image.fromarray(grid(images))
   size = (picture.width * _ZOOM, picture.height * _ZOOM)
-  temporary = folder / 'samples.tmp'
-  picture.resize(size, Image.Resampling.NEAREST).save(temporary, 'PNG')
-  temporary.replace(folder / PICTURE)
-  with temporary.open('wb') as file:
+  with atomic(folder / PICTURE) as temporary:
+    picture.resize(size, Image.Resampling.NEAREST).save(temporary, 'PNG')
+  # An open file: numpy appends .npz to the name of a path.
+  with atomic(folder / ARRAYS) as temporary, temporary.open('wb') as file:
     np.savez_compressed(
       file, images=images.reshape(-1, *images.shape[2:]), labels=labels
     )
-  temporary.replace(folder / ARRAYS)

@@ -24,6 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from clusterq_jax.atomic import atomic
 from clusterq_jax.errors import InputError, check_archive, check_size
 
 _TORCH_SUFFIXES = ('.th', '.pt', '.pth', '.tar', '.ckpt', '.bin')
@@ -236,18 +237,9 @@ def write_safetensors(
   payload = _sort_header(
     safetensors.numpy.save(dict(_flatten(variables)), metadata)
   )
-  # Beside the target: os.replace is atomic within one file system only.
-  temporary = f'{path}.{os.getpid()}.tmp'
   try:
-    try:
-      with open(temporary, 'wb') as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, path)
-    finally:
-      if os.path.exists(temporary):
-        os.remove(temporary)
+    with atomic(path) as temporary:
+      temporary.write_bytes(payload)
   except OSError as error:
     raise InputError(f'{path}: cannot be written: {error.strerror}') from error
 

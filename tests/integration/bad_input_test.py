@@ -286,7 +286,7 @@ def test_read_only_disk(command, tiny_config_file, small_disk):
 def test_full_disk_for_small_files(finished, run, tmp_path, name):
   workdir = shutil.copytree(finished.workdir, tmp_path / 'run')
   before = (workdir / f'{name}.json').read_bytes()
-  (workdir / f'{name}.tmp').symlink_to('/dev/full')
+  (workdir / f'{name}.json.{os.getpid()}.tmp').symlink_to('/dev/full')
   _images(tmp_path / 'a.npz')
   outcome = run(
     '--mode=evaluate',
