@@ -1,4 +1,4 @@
-"""Labelled images for evaluation; quantization never sees them."""
+"""Labelled images for evaluation. Quantization never reads them."""
 
 from clusterq_jax.data.assets import ASSETS
 from clusterq_jax.data.images import (

@@ -1,4 +1,4 @@
-"""The folder of files that come with the package."""
+"""The path of the files that come with the package."""
 
 import pathlib
 

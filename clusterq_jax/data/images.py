@@ -1,4 +1,4 @@
-"""Labelled images for evaluation (and for `pretrain`), never for quantization.
+"""Reads labelled images for evaluation and `pretrain`, never for quantization.
 
 Every source gives uint8 [N, H, W, C] images and int32 [N] labels. Input
 normalisation belongs to the teacher (`Preprocessing`), not to the images.
@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clusterq_jax.data import image_files
 from clusterq_jax.data.assets import ASSETS
+from clusterq_jax.data.folders import read_folder
+from clusterq_jax.data.image_files import ImageFiles
+from clusterq_jax.data.tfds import read_tfds
 from clusterq_jax.errors import InputError, check_archive
 
 FASHION_MNIST_CLASSES = (
@@ -23,9 +25,14 @@ FASHION_MNIST_CLASSES = (
 
 
 class Images(NamedTuple):
-  """images uint8 [N, H, W, C]; labels int32 [N]."""
+  """Labelled images.
 
-  images: np.ndarray | image_files.ImageFiles
+  Attributes:
+    images: uint8 [N, H, W, C].
+    labels: int32 [N].
+  """
+
+  images: np.ndarray | ImageFiles
   labels: np.ndarray
 
 
@@ -33,7 +40,8 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
   """Reads an IDX file (LeCun's MNIST format) of unsigned bytes, or its .gz.
 
   Raises:
-    InputError: missing, or not a whole IDX file of unsigned bytes.
+    InputError: the file is missing, or not a complete IDX file of unsigned
+      bytes.
   """
   try:
     opened = gzip.open if path.suffix == '.gz' else open
@@ -54,7 +62,15 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 
 def read_fashion_mnist(folder: pathlib.Path, split: str) -> Images:
-  """Fashion-MNIST from IDX files; split 'train' or 't10k'."""
+  """Reads Fashion-MNIST from IDX files.
+
+  Args:
+    folder: the folder with the four files, with or without .gz.
+    split: 'train' or 't10k'.
+
+  Raises:
+    InputError: a file is missing or damaged.
+  """
   arrays = []
   for kind in ('images-idx3', 'labels-idx1'):
     path = folder / f'{split}-{kind}-ubyte'
@@ -63,10 +79,10 @@ def read_fashion_mnist(folder: pathlib.Path, split: str) -> Images:
 
 
 def read_npz(path: str) -> Images:
-  """An .npz of `images` uint8 [N, H, W, C] and `labels` int [N].
+  """Reads an .npz with `images` uint8 [N, H, W, C] and `labels` int [N].
 
   Raises:
-    InputError: missing, not an .npz, or other contents, named.
+    InputError: the file is missing, no .npz, or has other contents.
   """
   try:
     check_archive(path)
@@ -97,8 +113,8 @@ def read_npz(path: str) -> Images:
     )
   if len(images) != len(labels) or not len(images):
     raise InputError(
-      f'{path}: {len(images)} images and {len(labels)} labels; expected as '
-      'many of each, at least one'
+      f'{path}: {len(images)} images and {len(labels)} labels; expected '
+      'equal numbers, at least one'
     )
   if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
     raise InputError(
@@ -116,17 +132,17 @@ def load(
   resize: int = 0,
   class_names: Sequence[str] = (),
 ) -> Images | None:
-  """Evaluation images as the config's `eval` section names them.
+  """Reads the evaluation images that the config's section `eval` names.
 
   Args:
     source: 'none', 'fashion_mnist' (embedded test images), 'npz', 'folder' or
-      'tfds' (see `image_files`).
-    path: the file, the folder, or the name of the data set.
+      'tfds'.
+    path: path of the file or folder, or name of the data set.
     shape: (H, W, C) that the teacher expects.
     num_classes: K; labels are 0..K-1.
-    resize: of image files: length of the shorter side before the centre crop;
-      0: as it is.
-    class_names: K names of classes, or none; folders may bear them.
+    resize: length of the shorter side of an image file before the centre crop,
+      in pixels; 0 keeps the size.
+    class_names: K names of classes, which folders can have, or none.
 
   Returns:
     The images, or None for 'none'.
@@ -139,12 +155,10 @@ def load(
   if source == 'fashion_mnist':
     name, images = source, read_fashion_mnist(ASSETS, 't10k')
   elif source == 'folder':
-    found = image_files.read_folder(
-      path, shape, resize, num_classes, class_names
-    )
+    found = read_folder(path, shape, resize, num_classes, class_names)
     name, images = path, Images(*found)
   elif source == 'tfds':
-    name, images = path, Images(*image_files.read_tfds(path, shape, resize))
+    name, images = path, Images(*read_tfds(path, shape, resize))
   else:
     name, images = path, read_npz(path)
   if images.images.shape[1:] != shape:

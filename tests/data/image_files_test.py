@@ -128,7 +128,7 @@ def test_unreadable_images_are_named_and_left_out(classes, capsys):
   assert found['student']['agreement'] == 0
   first, *lines = capsys.readouterr().err.splitlines()
   assert 'in the order of their names are labels 0 (ant) to 2 (cat)' in first
-  assert 'passed over: 1 files that are no images (notes.txt)' in first
+  assert 'skipped 1 files that are not images (notes.txt)' in first
   assert len(lines) == 4
   for name, line in zip(('ant/1', 'cat/0', 'cat/1'), lines, strict=False):
     assert f'{name}.png' in line
@@ -427,7 +427,7 @@ def test_depths_without_a_defined_range_are_left_out(tmp_path, capsys):
   evaluation.on_images({'teacher': lambda x: np.zeros((len(x), 1))}, found, 4)
   said = capsys.readouterr().err
   assert '1.tiff: its pixels are floating-point numbers' in said
-  assert '2.tif: its pixels are whole numbers of 32 bits' in said
+  assert '2.tif: its pixels are 32-bit integers' in said
   assert 'left out: 2 of 3 images' in said
 
 
