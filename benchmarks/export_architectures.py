@@ -23,7 +23,8 @@ from clusterq_jax.deploy import fold as folding
 from clusterq_jax.deploy import onnx_graph as onnx_layers
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.method import procedural
-from clusterq_jax.models import protocol, registry
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.quant import plan as plan_lib
 
 ARCHITECTURES = (
@@ -41,7 +42,7 @@ def fold(arch: str, bits: int):
   """The integer network, its wiring, input, and number of weights."""
   variables, prep = random_weights.make(arch, CLASSES, seed=0)
   build = registry.builder(arch, num_classes=CLASSES)
-  graph = protocol.trace(build)
+  graph = trace(build)
   chosen = plan_lib.Bits(bits, bits, bits, bits, 'integer')
   plan = plan_lib.make_plan(graph, chosen, False, prep.limit)
   network = build(fake_quant.layer_set(plan, calibrate=True))

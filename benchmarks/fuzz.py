@@ -47,10 +47,11 @@ from clusterq_jax import convert, data, weights
 from clusterq_jax import main as main_lib
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
 from clusterq_jax.modes import train
 from clusterq_jax.runtime import evaluation, reuse
 from clusterq_jax.runtime import session as experiment
-from clusterq_jax.weights import fitting, layouts, teacher
+from clusterq_jax.weights import layouts, matching, teacher
 
 try:
   import torch
@@ -542,9 +543,9 @@ class _Seeds:
       'channel_order': 'rgb',
       'class_names': json.dumps(['ant', 'bee', 'cat', 'dog']),
     }
-    registered = fitting.registry.architecture(_ARCH)
+    registered = registry.architecture(_ARCH)
     options = {'num_classes': _CLASSES, 'shortcut': 'pad'}
-    layers = fitting.layers_of(registered, 3, **options)
+    layers = matching.layers_of(registered, 3, **options)
     variables: dict[str, Any] = {'params': {}, 'batch_stats': {}}
     akamaster = layouts.known(_ARCH)[0]
     self.state = {}

@@ -18,7 +18,8 @@ import numpy as np
 
 from clusterq_jax import weights
 from clusterq_jax.layers import float_layers
-from clusterq_jax.models import protocol, registry
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.ops.moments import batch_statistics
 from clusterq_jax.weights import teacher as teacher_lib
@@ -55,8 +56,8 @@ def make(arch: str, num_classes: int, seed: int):
   @jax.jit
   def observe(variables):
     _, taps = network.apply(variables, x, mutable=['batch_stats', 'moments'])
-    names = protocol.trace(build).batch_norms
-    moments = float_layers.ordered_moments(taps, protocol.trace(build))
+    names = trace(build).batch_norms
+    moments = float_layers.ordered_moments(taps, trace(build))
     batch = map(batch_statistics, moments)
     return {
       name: {'mean': s.mean, 'var': jnp.square(s.std)}
@@ -72,7 +73,7 @@ def teacher(arch: str, num_classes: int, seed: int = 0) -> teacher_lib.Teacher:
   build = registry.builder(arch, num_classes=num_classes)
   options = {'num_classes': num_classes}
   return teacher_lib.Teacher(
-    build, protocol.trace(build), variables, prep, num_classes, options, (), ''
+    build, trace(build), variables, prep, num_classes, options, (), ''
   )
 
 

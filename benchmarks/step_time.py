@@ -44,7 +44,8 @@ TOLERANCE = 1e-3  # of --check, relative
 # ------------------------------------------------------------------------ JAX
 def make_steps(args):
   from clusterq_jax import config as config_lib
-  from clusterq_jax.models import protocol, registry
+  from clusterq_jax.models import registry
+  from clusterq_jax.models.graph import trace
   from clusterq_jax.models.preprocessing import Preprocessing
   from clusterq_jax.runtime import session as experiment
   from clusterq_jax.weights import teacher
@@ -57,7 +58,7 @@ def make_steps(args):
   config.loss.noise = (0.0, 0.0) if args.check else NOISE
   build = registry.builder('resnet20', num_classes=CLASSES)
   prep = Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3)
-  graph = protocol.trace(build)
+  graph = trace(build)
   return experiment.make_steps(
     config, teacher.Teacher(build, graph, {}, prep, CLASSES, {}, (), '')
   )

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
-from clusterq_jax.models import protocol, registry
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.modes import dryrun
 from clusterq_jax.weights import teacher as teacher_lib
@@ -46,7 +47,7 @@ def teacher(arch: str) -> teacher_lib.Teacher:
   image = jax.ShapeDtypeStruct((1, *prep.shape), jnp.float32)
   network = build(float_layers.layer_set())
   variables = jax.eval_shape(network.init, jax.random.key(0), image)
-  graph = protocol.trace(build)
+  graph = trace(build)
   return teacher_lib.Teacher(build, graph, variables, prep, CLASSES, {}, (), '')
 
 

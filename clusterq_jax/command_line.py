@@ -1,4 +1,4 @@
-"""What the two command lines, `main` and `convert`, share."""
+"""Help texts of the two command lines, `main` and `convert`."""
 
 from absl import flags
 
@@ -6,12 +6,12 @@ _HELP = ('--help', '-help', '-h')
 
 
 def wants_help(argv: list[str]) -> bool:
-  """Whether an argument asks for help."""
+  """Tells whether an argument asks for help."""
   return any(argument in _HELP for argument in argv[1:])
 
 
 def describe_flags(one: str) -> str:
-  """The flags of the module that defines the flag `one`, with their meaning."""
+  """Describes the flags of the module that defines the flag `one`."""
   module = flags.FLAGS.find_module_defining_flag(one)
   return '\n'.join(
     f'  --{flag.name}{f" ({flag.default})" if flag.default else ""}\n'

@@ -1,11 +1,11 @@
-r"""Turns a teacher's weights into the project's own file, once.
+r"""Converts a teacher's weights to the project's own file format.
 
     python -m clusterq_jax.convert --arch=resnet18 --input=resnet18.pth \
         --output=resnet18.safetensors [--mean=0.485,0.456,0.406 ...] \
         [--entry=model_ema] [--class_names=names.txt]
 
-The source's layout is recognised; what it maps, and what not, is printed. The
-output also says what input the weights expect, so that no config needs to.
+The source's layout is recognised and the result is printed. The output also
+records the input that the weights expect, so that no config needs to.
 """
 
 import json
@@ -23,17 +23,19 @@ from clusterq_jax.weights import teacher
 _ARCH = flags.DEFINE_enum('arch', None, registry.names(), 'Architecture.')
 _INPUT = flags.DEFINE_string('input', None, 'Weights file to read.')
 _ENTRY = flags.DEFINE_string(
-  'entry', '', 'Dictionary in the file to read, say model_ema; else what fits.'
+  'entry', '', 'Dictionary in the file, e.g. model_ema; default: what fits.'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'New .safetensors file.')
-_SIZE = flags.DEFINE_list('image_size', None, 'Height,width.')
-_MEAN = flags.DEFINE_list('mean', None, 'Of each channel.')
-_STD = flags.DEFINE_list('std', None, 'Of each channel.')
+_SIZE = flags.DEFINE_list('image_size', None, 'Height,width in pixels.')
+_MEAN = flags.DEFINE_list('mean', None, 'Mean of each channel.')
+_STD = flags.DEFINE_list('std', None, 'Standard deviation of each channel.')
 _RANGE = flags.DEFINE_float('pixel_range', None, 'Value of white: 1 or 255.')
 _ORDER = flags.DEFINE_enum(
-  'channel_order', None, ['rgb', 'bgr', 'grey'], 'Of the input.'
+  'channel_order', None, ['rgb', 'bgr', 'grey'], 'Order of input channels.'
 )
-_CLASSES = flags.DEFINE_string('class_names', None, 'File with a name a line.')
+_CLASSES = flags.DEFINE_string(
+  'class_names', None, 'File with one name per line.'
+)
 
 
 def convert(
@@ -44,21 +46,23 @@ def convert(
   entry: str = '',
   **preprocessing,
 ) -> str:
-  """Reads weights in any layout that is known for `arch`; writes our own.
+  """Reads weights in any layout known for `arch` and writes our own file.
 
   Args:
     arch: name of the architecture.
-    source: weights file.
-    output: file to write, .safetensors.
-    class_names: one per class, or none.
-    entry: of the source, see `weights.load`.
-    **preprocessing: fields of `Preprocessing`; None: by convention.
+    source: path of the weights file.
+    output: path of the file to write, .safetensors.
+    class_names: one name for each class, or none.
+    entry: entry of the source, see `weights.load`.
+    **preprocessing: fields of `Preprocessing`; None takes the value in the
+      source, or else the usual one.
 
   Returns:
-    What was mapped, and a warning where nothing says what input is expected.
+    A report of the tensors read, with a warning if the expected input is
+    unknown or assumed.
 
   Raises:
-    InputError: unfit weights, or an output that exists.
+    InputError: weights that do not fit, or an output that exists.
   """
   target = pathlib.Path(output)
   if target.suffix != '.safetensors':
@@ -66,7 +70,7 @@ def convert(
   if target.exists():
     raise InputError(f'--output={output}: exists; remove it, or name another')
   loaded = weights_lib.load(source, arch, entry)
-  report = [loaded.report, 'Nothing is missing and nothing left over.']
+  report = [loaded.report, 'Nothing is missing and nothing is left over.']
   report += loaded.notes
   if class_names and len(class_names) != loaded.options['num_classes']:
     raise InputError(
@@ -81,16 +85,16 @@ def convert(
   ]
   if unknown:
     report.append(
-      'WARNING: nothing says what input these weights expect; give '
+      'WARNING: the input that these weights expect is unknown; give '
       f'--{", --".join(unknown)}, or config.teacher.{", ".join(unknown)} to '
       'every run.'
     )
   elif assumed:
     values = ', '.join(f'{name} {expected[name]}' for name in assumed)
     report.append(
-      f'WARNING: the file does not say what input these weights expect. Taken '
-      f'is what is usual for {arch}: {values}. If yours differ, accuracy is '
-      f'lost; give --{assumed[0]}=... then.'
+      'WARNING: the file does not tell what input these weights expect. The '
+      f'usual values for {arch} are assumed: {values}. Wrong values cost '
+      f'accuracy; if yours differ, give --{assumed[0]}=...'
     )
   metadata = {
     'format': weights_lib.FORMAT,
@@ -110,15 +114,12 @@ def convert(
 
 
 def main(argv: list[str]) -> int:
-  """The command line; returns the exit code."""
+  """Runs the command line and returns the exit code."""
   if command_line.wants_help(argv):
     print(f'{__doc__}\nflags\n{command_line.describe_flags("output")}')
     return 0
   try:
-    try:
-      rest = flags.FLAGS(argv)[1:]
-    except flags.Error as e:
-      raise InputError(f'flags: {str(e).strip().splitlines()[0]}') from e
+    rest = flags.FLAGS(argv)[1:]
     if rest:
       raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
     given = {
@@ -131,17 +132,19 @@ def main(argv: list[str]) -> int:
     names = _class_names(_CLASSES.value) if _CLASSES.value else ()
     arch, source, output = map(_required, (_ARCH, _INPUT, _OUTPUT))
     print(convert(arch, source, output, names, _ENTRY.value, **given))
+    return 0
+  except flags.Error as e:
+    error = InputError(f'flags: {str(e).strip().splitlines()[0]}')
   except InputError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+    error = e
   except OSError as e:
-    print(f'error: {e.filename}: {e.strerror or e}', file=sys.stderr)
-    return 2
-  return 0
+    error = InputError(f'{e.filename}: {e.strerror or e}')
+  print(f'error: {error}', file=sys.stderr)
+  return 2
 
 
 def _class_names(path: str) -> tuple[str, ...]:
-  """The lines of a UTF-8 file, with or without a byte order mark."""
+  """Reads the lines of a UTF-8 file, with or without a byte order mark."""
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as e:

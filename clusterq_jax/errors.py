@@ -1,20 +1,20 @@
-"""The one exception that means: the user gave something that cannot be used.
+"""The exception for unusable user input, and checks of file sizes.
 
-`main` turns it into one line on stderr and exit code 2. Everything else that
-is raised is a defect and keeps its traceback.
+`main` turns an `InputError` into one line on stderr and exit code 2. Any other
+exception is a defect and keeps its traceback.
 """
 
 import os
 import zipfile
 
-_LARGE = 2**28  # bytes
+_LARGE = 2**28  # bytes; files that expand to less are never refused
 
 
 class InputError(ValueError):
-  """Bad user input: a file, a flag or a config value.
+  """Reports a file, a flag or a config value that cannot be used.
 
-  The message is a single line that names the input, what was found and what
-  was expected. What would break the line, or command a terminal, is escaped.
+  The message is one line that names the input, the value found and the value
+  expected. Characters that break the line or control a terminal are escaped.
   """
 
   def __init__(self, message: str):
@@ -27,24 +27,29 @@ class InputError(ValueError):
 
 
 def check_size(path: str, size: int) -> None:
-  """Refuses a small file that would fill the memory.
+  """Refuses a small file that expands to fill the memory.
 
   Args:
-    path: of a file of arrays.
-    size: bytes that its arrays take.
+    path: path of a file of arrays.
+    size: memory that its arrays take, in bytes.
 
   Raises:
-    InputError: that is far more than any real arrays are compressed.
+    InputError: the ratio exceeds any real compression of arrays.
   """
   on_disk = os.path.getsize(path)
   if size > max(_LARGE, 100 * on_disk):
     raise InputError(
-      f'{path}: {on_disk:,} bytes that stand for {size:,}, expected at most a '
-      'hundred times the file'
+      f'{path}: {on_disk:,} bytes expand to {size:,} bytes, expected at most '
+      '100 times the size of the file'
     )
 
 
 def check_archive(path: str) -> None:
-  """`check_size` for a zip archive. Raises zipfile's errors, too."""
+  """Applies `check_size` to a zip archive.
+
+  Raises:
+    InputError: see `check_size`.
+    Exception: zipfile raises several kinds if the archive is damaged.
+  """
   with zipfile.ZipFile(path) as archive:
     check_size(path, sum(info.file_size for info in archive.infolist()))

@@ -1,8 +1,8 @@
-"""One precision, whatever JAX is set to.
+"""Computation in float32, whatever JAX is set to.
 
 With JAX_ENABLE_X64=1, common in scientific environments, numbers without a
-dtype are float64. A student's codes and an exported file's integers are those
-of float32, so that everything here computes in it.
+dtype are float64. A student's codes and an exported file's integers depend on
+the precision, so the package always computes in float32.
 """
 
 import functools

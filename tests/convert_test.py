@@ -11,7 +11,7 @@ from clusterq_jax import convert, weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
-from clusterq_jax.weights import fitting, layouts, teacher
+from clusterq_jax.weights import layouts, matching, teacher
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(capsys):
 def _state(arch, layout, classes=5, **options):
   """Random tensors under the names that a layout gives them."""
   architecture = registry.architecture(arch)
-  layers = fitting.layers_of(architecture, 3, num_classes=classes, **options)
+  layers = matching.layers_of(architecture, 3, num_classes=classes, **options)
   (layout,) = (
     found
     for found in layouts.LAYOUTS[architecture.family]
@@ -98,7 +98,7 @@ def test_nothing_says_what_is_expected(run, tmp_path):
   )
   code, out, _ = run(arch='resnet8', input=source, output=output)
   assert code == 0
-  assert 'WARNING: nothing says what input these weights expect' in out
+  assert 'WARNING: the input that these weights expect is unknown' in out
   assert 'give --image_size, --mean, --std, or config.teacher.image_size' in out
   with safetensors.safe_open(output, 'np') as file:
     assert not {'mean', 'std'} & file.metadata().keys()
@@ -107,7 +107,7 @@ def test_nothing_says_what_is_expected(run, tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'expected'),
   [
-    ({'input': 'nowhere.pth'}, 'nowhere.pth: no such file'),
+    ({'input': 'nowhere.pth'}, 'nowhere.pth: cannot be read: No such file'),
     ({'arch': 'resnet18'}, 'does not fit resnet18'),
     ({'arch': 'resnet51'}, 'resnet50b'),
     ({'mean': '0.5,x'}, '--mean=0.5,x: expected a few numbers'),

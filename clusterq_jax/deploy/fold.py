@@ -12,8 +12,8 @@ from clusterq_jax.deploy.integer import (
   window_share,
 )
 from clusterq_jax.layers import float_layers
+from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
-from clusterq_jax.models.protocol import Graph, Node
 from clusterq_jax.quant import quantizers
 from clusterq_jax.quant.plan import Plan
 

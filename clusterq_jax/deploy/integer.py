@@ -23,8 +23,8 @@ import numpy as np
 from jax import lax
 
 from clusterq_jax.layers import float_layers
+from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
-from clusterq_jax.models.protocol import Graph, Node
 from clusterq_jax.ops import convolution
 
 

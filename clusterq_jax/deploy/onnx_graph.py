@@ -24,8 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clusterq_jax.deploy import fold, integer
 from clusterq_jax.layers import float_layers
+from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
-from clusterq_jax.models.protocol import Graph, Node
 
 _OPSET, _IR_VERSION = 21, 10
 _INT4_HIGH = 7

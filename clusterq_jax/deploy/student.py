@@ -21,7 +21,8 @@ from clusterq_jax import weights as weights_lib
 from clusterq_jax.deploy import fold, integer
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import fake_quant
-from clusterq_jax.models import protocol, registry
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import Graph, trace
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import plan as plan_lib
 
@@ -58,7 +59,7 @@ class Student:
   preprocessing: Preprocessing
   bits: plan_lib.Bits
   class_names: tuple[str, ...]
-  graph: protocol.Graph
+  graph: Graph
   plan: plan_lib.Plan
   _network: Any
 
@@ -183,7 +184,7 @@ def _make(
   preprocessing = Preprocessing(**raw)
   build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
-  graph = protocol.trace(build)
+  graph = trace(build)
   plan = plan_lib.make_plan(
     graph,
     bits,

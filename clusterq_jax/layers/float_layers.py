@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clusterq_jax.models import protocol
+from clusterq_jax.models.graph import Graph
 from clusterq_jax.ops import convolution
 from clusterq_jax.ops.moments import Moments, sample_moments
 
@@ -200,9 +201,7 @@ def layer_set(
   )
 
 
-def ordered_moments(
-  collections: Any, graph: protocol.Graph
-) -> tuple[Moments, ...]:
+def ordered_moments(collections: Any, graph: Graph) -> tuple[Moments, ...]:
   """The recorded moments in the network's forward order (Flax sorts keys)."""
   return tuple(
     collections['moments'][name]['input'] for name in graph.batch_norms

@@ -30,8 +30,8 @@ from clusterq_jax.method import centroids as centroids_lib
 from clusterq_jax.method.class_statistics import class_statistics, classes_of
 from clusterq_jax.method.generator import Generator
 from clusterq_jax.method.state import TrainState
+from clusterq_jax.models.graph import Graph
 from clusterq_jax.models.preprocessing import Preprocessing
-from clusterq_jax.models.protocol import Graph
 from clusterq_jax.models.registry import Builder
 from clusterq_jax.ops.moments import batch_statistics
 from clusterq_jax.quant.plan import Plan

@@ -1,8 +1,8 @@
 """ResNet for small images (He et al. 2015, section 4.2): 6n + 2 layers.
 
-Both shortcut kinds: parameter-free (subsample, pad channels) and convolution +
-BatchNorm. Defaults belong to the CIFAR weights that exist for it; the input
-statistics of a particular weights file are the file's, not the architecture's.
+Shortcuts that change the shape are parameter-free (subsample, pad channels) or
+a convolution with BatchNorm. The architecture has no usual preprocessing,
+because its published weights differ in what they expect.
 """
 
 import jax
@@ -17,8 +17,8 @@ class CifarResNet(nn.Module):
   """Three stages of n two-convolution blocks at 16, 32 and 64 channels.
 
   Attributes:
-    layers: what the network is built from.
-    depth: 6n + 2.
+    layers: factories of the layers.
+    depth: number of weighted layers on the main path, 6n + 2.
     num_classes: length of the logits.
     shortcut: 'pad' (parameter-free) or 'conv' (1x1 convolution + BatchNorm).
   """
@@ -30,7 +30,7 @@ class CifarResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_classes]."""
+    """Maps images [B, H, W, C] to logits [B, num_classes]."""
     layers = self.layers
     x = layers.input(name='input')(x)
     x = layers.conv_bn(WIDTHS[0], 3, act='relu', name='stem')(x)

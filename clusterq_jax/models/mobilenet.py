@@ -1,10 +1,10 @@
 """MobileNetV2 (Sandler et al. 2018) and EfficientNet-Lite (Google, 2020).
 
-Both are stages of inverted residual blocks: 1x1 expansion, depthwise
-convolution, linear 1x1 projection, an add where shapes allow; ReLU6. The Lite
-networks are EfficientNets (Tan and Le 2019) without squeeze-and-excitation;
-stem, head, first and last stage keep their size at every scale. Their padding
-and BatchNorm epsilon are TensorFlow's.
+Both are stages of inverted residual blocks with ReLU6: 1x1 expansion, depthwise
+convolution, linear 1x1 projection, and an add where shapes allow it. The Lite
+networks are EfficientNets (Tan and Le 2019) without squeeze-and-excitation.
+Their stem, head, first and last stage have the same size at every scale. Their
+padding and BatchNorm epsilon are TensorFlow's.
 """
 
 import dataclasses
@@ -18,7 +18,15 @@ from clusterq_jax.models import protocol
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Blocks of one output width: the first has the strides."""
+  """A sequence of blocks with the same output width.
+
+  Attributes:
+    expansion: ratio of a block's inner width to its input channels.
+    features: output channels of every block.
+    blocks: number of blocks.
+    strides: stride of the first block in pixels; the others have 1.
+    kernel: side of the depthwise kernels in pixels.
+  """
 
   expansion: int
   features: int
@@ -48,8 +56,10 @@ _EFFICIENTNET = (
 
 
 def _scaled(width: float, depth: float) -> tuple[Stage, ...]:
+  """Multiplies the channels and the number of blocks of EfficientNet-B0."""
+
   def features(n):
-    # To a multiple of 8, at least nine tenths of the exact width.
+    # Rounds to a multiple of 8 that is at least 0.9 times the exact width.
     nearest = max(8, int(n * width + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * n * width else nearest
 
@@ -76,13 +86,14 @@ class MobileNet(nn.Module):
   """Inverted residual stages between a 3x3 stem and a 1x1 head.
 
   Attributes:
-    layers: what the network is built from.
-    stages: of the network.
+    layers: factories of the layers.
+    stages: the stages from input to output.
     num_classes: length of the logits.
-    padding: of 3x3 and 5x5 convolutions: None or 'same'; see `LayerSet`.
-    epsilon: of every BatchNorm.
-    expand_first: blocks of expansion 1 have an expanding convolution too, as
-      in pytorchcv.
+    padding: padding of 3x3 and 5x5 convolutions: None or 'same'; see
+      `LayerSet`.
+    epsilon: epsilon of every BatchNorm.
+    expand_first: whether blocks with expansion 1 have an expanding convolution,
+      as in pytorchcv.
   """
 
   layers: protocol.LayerSet
@@ -94,7 +105,7 @@ class MobileNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_classes]."""
+    """Maps images [B, H, W, C] to logits [B, num_classes]."""
     layers = self.layers
     x = layers.input(name='input')(x)
     x = self._conv(32, 3, 'stem', strides=2, act='relu6')(x)

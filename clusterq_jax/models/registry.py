@@ -1,4 +1,4 @@
-"""Architectures by name, what is usual for weights of each, and yours."""
+"""Architectures by name, with the usual properties of their weights."""
 
 import dataclasses
 import difflib
@@ -13,35 +13,35 @@ from clusterq_jax.models import cifar_resnet, mobilenet, protocol, resnet
 from clusterq_jax.models.preprocessing import Preprocessing
 
 Builder = Callable[[protocol.LayerSet], nn.Module]
-# Layer name -> what its tensors are called; see `weights.layouts.Layout`.
+# Layer name -> prefixes of its tensors; see `weights.layouts.Layout`.
 Rows = Mapping[str, tuple[str, str]]
 
 
-# Compared by identity: one that is registered anew is another.
+# Compared by identity, because a name can be registered again.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
   """A network that weights can be loaded into.
 
   Attributes:
-    family: key of its weight layouts, `weights/layouts.py`.
-    network: makes it, from `layers` and options such as `num_classes`.
-    preprocessing: what published weights expect, `Preprocessing` by field;
-      empty where nothing is usual.
-    crop: in evaluation: side of the centre crop, of the resized image's shorter
-      side.
-    source: where weights come from, for who has none.
-    rows: of its one weight layout, where it is registered: see `register`.
+    family: key of its layouts in `weights.layouts.LAYOUTS`.
+    network: makes the network from `layers` and options such as `num_classes`.
+    preprocessing: fields of `Preprocessing` that published weights expect;
+      empty if published weights differ.
+    crop: side of the centre crop in evaluation, as a fraction of the resized
+      image's shorter side.
+    source: instructions to get weights, for error messages.
+    rows: table of its weight layout if a user registered it; see `register`.
   """
 
   family: str
   network: Callable[..., nn.Module]
   preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
   crop: float = 1.0
-  source: str = ''
+  source: str = 'save the state dict of the network there with torch.save'
   rows: Rows | None = None
 
   def resize(self, side: int) -> int:
-    """The shorter side of an image of which `side` pixels are cropped."""
+    """Returns the shorter side to resize to before a crop of `side` pixels."""
     return round(side / self.crop)
 
 
@@ -50,7 +50,7 @@ _IMAGENET = {
   'mean': (0.485, 0.456, 0.406),
   'std': (0.229, 0.224, 0.225),
 }
-# Pixels 0..255 as (x - 127) / 128.
+# The Lite networks expect (x - 127) / 128 for pixels x in 0..255.
 _LITE = {'mean': (127.0,) * 3, 'std': (128.0,) * 3, 'pixel_range': 255.0}
 _CROP = 224 / 256
 _SAVE = 'save it with torch.save(NETWORK.state_dict(), FILE), where NETWORK is '
@@ -112,16 +112,16 @@ _ARCHITECTURES = {
 }
 
 
-# For who has another network, or another name for it.
+# For users who have another network, or another name for it.
 HOW_TO_BRING_YOUR_OWN = (
   f'supported networks are {", ".join(_ARCHITECTURES)}; for any other, bring '
-  'your own: docs/networks.md shows how to describe it; and import first the '
-  'file that registers it'
+  'your own: docs/networks.md shows how to describe it; import first the file '
+  'that registers it'
 )
 
 
 def names(family: str | None = None) -> tuple[str, ...]:
-  """All architectures, or those of a family."""
+  """Returns the names of all architectures, or of one family."""
   return tuple(
     name
     for name, architecture in _ARCHITECTURES.items()
@@ -130,10 +130,10 @@ def names(family: str | None = None) -> tuple[str, ...]:
 
 
 def architecture(arch: str) -> Architecture:
-  """The architecture of that name.
+  """Returns the architecture of that name.
 
   Raises:
-    InputError: there is none.
+    InputError: no architecture has that name.
   """
   if arch not in _ARCHITECTURES:
     close = difflib.get_close_matches(arch, names(), n=3)
@@ -151,18 +151,18 @@ def register(
   rows: Rows,
   preprocessing: Preprocessing,
 ) -> None:
-  """Makes a network of your own known to configs and students.
+  """Registers a network of your own under a name.
 
   Args:
-    name: for `config.teacher.arch`; one registered before is replaced.
-    network: makes it, from `layers` and `num_classes`.
-    rows: what a torch state dict calls the tensors of each layer; see
+    name: value of `config.teacher.arch`; replaces an earlier registration.
+    network: makes the network from `layers` and `num_classes`.
+    rows: prefixes of the tensors of each layer in a torch state dict; see
       `weights.layouts.Layout`.
-    preprocessing: what weights for it expect, unless a config or a weights file
-      says otherwise.
+    preprocessing: the input that its weights expect. A config or a weights file
+      overrides it.
 
   Raises:
-    InputError: a network of that name comes with the project.
+    InputError: a network with that name comes with the project.
   """
   if name in _ARCHITECTURES and _ARCHITECTURES[name].rows is None:
     raise InputError(
@@ -170,23 +170,19 @@ def register(
       'name'
     )
   _ARCHITECTURES[name] = Architecture(
-    name,
-    network,
-    dataclasses.asdict(preprocessing),
-    source=f'{_SAVE}the torch network that {name!r} describes',
-    rows=rows,
+    name, network, dataclasses.asdict(preprocessing), rows=rows
   )
 
 
 def builder(arch: str, **options) -> Builder:
-  """What makes the network `arch` from a layer set.
+  """Returns a function that makes the network `arch` from a layer set.
 
   Args:
     arch: a name from `names()`.
     **options: fields of the network, such as `num_classes`.
 
   Raises:
-    InputError: no such architecture.
+    InputError: no architecture has that name.
   """
   network = architecture(arch).network
   return lambda layers: network(layers=layers, **options)

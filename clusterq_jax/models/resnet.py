@@ -1,8 +1,8 @@
 """ResNet for ImageNet (He et al. 2015, table 1): 18, 34 and 50 layers.
 
-Four stages of 64 to 512 channels, four times as many at the output of a
-bottleneck. torchvision's ResNet-50 has the stride of a bottleneck in its 3x3
-convolution ("v1.5"), the paper's in the first 1x1.
+Four stages have 64 to 512 channels. The output of a bottleneck has four times
+as many. torchvision's ResNet-50 has the stride of a bottleneck in its 3x3
+convolution ("v1.5"). The paper's has it in the first 1x1 convolution.
 """
 
 import jax
@@ -19,10 +19,10 @@ class ResNet(nn.Module):
   """Residual stages after a 7x7 convolution and a max pool.
 
   Attributes:
-    layers: what the network is built from.
-    depth: 18, 34 or 50.
+    layers: factories of the layers.
+    depth: number of weighted layers on the main path: 18, 34 or 50.
     num_classes: length of the logits.
-    stride_first: strides are in the first convolution of a bottleneck.
+    stride_first: whether a bottleneck has its stride in its first convolution.
   """
 
   layers: protocol.LayerSet
@@ -32,7 +32,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_classes]."""
+    """Maps images [B, H, W, C] to logits [B, num_classes]."""
     layers = self.layers
     x = layers.input(name='input')(x)
     x = layers.conv_bn(64, 7, strides=2, act='relu', name='stem')(x)

@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from clusterq_jax.models.protocol import Graph, Node
+from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.quant import numerics
 
 WIDE_BITS = 8

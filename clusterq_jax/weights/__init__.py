@@ -1,7 +1,13 @@
-"""Reading a teacher's weights: safe files in, a checked Flax tree out.
+"""Reads a teacher's weights from files and checks them.
 
-`files` reads and writes files, `layouts` knows how each source names and
-orders its tensors, `fitting` takes what fits an architecture exactly.
+files, torch_files   read and write files; an `entries.Entry` is one
+                     dictionary of tensors in a file
+layouts              tell how each source names and orders its tensors
+matching             compares tensors with those that an architecture needs
+choosing             chooses the entry that fits
+checks               refuse what cannot be used
+fitting              loads weights, with the modules above
+teacher              adds the network and the expected input
 """
 
 from clusterq_jax.weights.files import (

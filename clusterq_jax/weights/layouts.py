@@ -1,14 +1,13 @@
-"""How each source names and orders a network's tensors.
+"""Tables of how each source names and orders a network's tensors.
 
-One table per source and family of architectures: from our layer names to the
-source's prefixes.
+There is one table for each source and family of architectures. It maps our
+layer names to the source's prefixes. A file must fit a table exactly; nothing
+is guessed.
 
 Sources: github.com/akamaster/pytorch_resnet_cifar10, torchvision (timm's
 ResNets have its names), github.com/huggingface/pytorch-image-models (`timm`),
 github.com/osmr/imgclsmob (`pytorchcv`), PyPI `efficientnet-lite-pytorch`, and
 this package's own safetensors files.
-
-Left out: guessing. A file that fits no table exactly is refused.
 """
 
 import dataclasses
@@ -44,8 +43,9 @@ class Layer:
   """A layer with weights.
 
   Attributes:
-    name: of the layer, in our architecture.
-    kernel: shape, in Flax order; None where the file has the say.
+    name: name of the layer in our architecture.
+    kernel: shape of the kernel in Flax order; None for sizes that the file
+      decides.
     block: number of its residual block, from 1; 0 outside of blocks.
   """
 
@@ -55,7 +55,7 @@ class Layer:
 
   @property
   def shapes(self) -> dict[str, tuple[int | None, ...]]:
-    """Leaf name -> shape in Flax order."""
+    """Returns the shape of each leaf in Flax order."""
     leaves = COLLECTIONS if len(self.kernel) == 4 else ('kernel', 'bias')
     return {
       k: self.kernel if k == 'kernel' else self.kernel[-1:] for k in leaves
@@ -67,17 +67,19 @@ class Layout:
   """A source's mapping table.
 
   Attributes:
-    name: the source.
-    rows: a layer's name, or what it is called after its block's name -> (prefix
-      of its convolution or dense layer, prefix of its BatchNorm, or of its bias
-      where there is none), with the fields {n}, number of the block from 1,
-      {m} from 0; {s} stage from 1, {r} from 0; {b} block in the stage from 1,
-      {i} from 0.
-    leaves: leaf of a Flax layer -> name in the file, from {conv} and {bn}.
-    stages: blocks in each stage, where the source counts other stages than we.
-    torch_order: kernels are [cout, cin, kh, kw] and [cout, cin].
+    name: name of the source.
+    rows: maps a layer's name, or its part after the block's name, to two
+      prefixes: of its convolution or dense layer, and of its BatchNorm (or its
+      bias if it has none). Prefixes can contain these fields:
+        {n} number of the block in the network, from 1; {m} from 0
+        {s} number of the stage, from 1; {r} from 0
+        {b} number of the block in its stage, from 1; {i} from 0
+    leaves: maps a leaf of a Flax layer to its name in the file, which can
+      contain {conv} and {bn}, the two prefixes.
+    stages: blocks in each stage, if the source divides stages differently.
+    torch_order: whether kernels are [cout, cin, kh, kw] and [cout, cin].
     options: fields of architectures that the source decides.
-    conv_classifier: the classifier is a 1x1 convolution without bias.
+    conv_classifier: whether the classifier is a 1x1 convolution without bias.
   """
 
   name: str
@@ -93,7 +95,11 @@ class Layout:
   conv_classifier: bool = False
 
   def key(self, layer: Layer, leaf: str) -> str:
-    """The name of one tensor of a layer in a file of this layout."""
+    """Returns the name of one tensor of a layer in a file of this layout.
+
+    Raises:
+      InputError: the layer has no row, or its row has unknown fields.
+    """
     found = re.fullmatch(r'stage(\d+)_block(\d+)_(\w+)', layer.name)
     fields: dict[str, int] = {}
     row = layer.name
@@ -104,7 +110,7 @@ class Layout:
       fields = {'s': s, 'r': s - 1, 'b': b, 'i': b - 1}
       fields |= {'n': layer.block, 'm': layer.block - 1}
       row = layer.name if layer.name in self.rows else found[3]
-    if not self.rows:  # our own names
+    if not self.rows:  # a file of our own has our names
       return self.leaves[leaf].format(conv=layer.name)
     try:
       conv, bn = (prefix.format(**fields) for prefix in self.rows[row])
@@ -116,7 +122,7 @@ class Layout:
     return self.leaves[leaf].format(conv=conv, bn=bn)
 
   def matches(self, keys: Iterable[str]) -> int:
-    """Counts the keys that this layout could have made."""
+    """Returns the number of keys that this layout can produce."""
     rows = self.rows.values() or [(r'{n}', r'{n}')]
     patterns = [
       re.sub(r'\\\{\w\\\}', r'\\w+', re.escape(leaf.format(conv=conv, bn=bn)))
@@ -127,24 +133,24 @@ class Layout:
     return sum(bool(known.fullmatch(key)) for key in keys)
 
   def to_source(self, shape: tuple) -> tuple:
-    """A kernel's or vector's Flax shape in this layout's order."""
+    """Permutes the Flax shape of a leaf to this layout's order."""
     if self.torch_order and len(shape) == 4:
       return (shape[3], shape[2], shape[0], shape[1])
     return shape[::-1] if self.torch_order else shape
 
   def in_flax_order(self, value: np.ndarray) -> np.ndarray:
-    """A view: [cout, cin/groups, kh, kw] as [kh, kw, cin/groups, cout], ..."""
+    """Returns a view in Flax order: [kh, kw, cin, cout] or [cin, cout]."""
     if not self.torch_order:
       return value
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
   def to_flax(self, value: np.ndarray) -> np.ndarray:
-    """A copy in Flax's order."""
+    """Returns a contiguous copy in Flax order."""
     return np.ascontiguousarray(self.in_flax_order(value))
 
 
 def _place(block: int, stages: tuple[int, ...]) -> tuple[int, int]:
-  """Stage and place in it, from 1, of a block."""
+  """Returns a block's stage and its number in the stage, both from 1."""
   for stage, blocks in enumerate(stages, 1):
     if block <= blocks:
       return stage, block
@@ -152,112 +158,106 @@ def _place(block: int, stages: tuple[int, ...]) -> tuple[int, int]:
   return len(stages), block + stages[-1]
 
 
-def _pytorchcv(
-  rows: Mapping[str, str], extra: Mapping[str, str] | None = None, **others
+def _layout(
+  name: str,
+  block: str,
+  rows: Mapping[str, tuple[str, str]],
+  others: Mapping[str, tuple[str, str]],
+  **fields,
 ) -> Layout:
-  """Unit by unit: a convolution is `x.conv`, its BatchNorm `x.bn`."""
+  """Makes a layout from rows in blocks, with the prefix `block`, and others."""
+  pairs = {key: (block + conv, block + bn) for key, (conv, bn) in rows.items()}
+  return Layout(name, {**pairs, **others}, **fields)
+
+
+def _pytorchcv(
+  rows: Mapping[str, str], others: Mapping[str, str] | None = None, **fields
+) -> Layout:
+  """Makes a layout whose convolutions are `x.conv` and BatchNorms `x.bn`."""
+
+  def pairs(prefixes):
+    return {key: (f'{p}.conv', f'{p}.bn') for key, p in prefixes.items()}
+
+  outside = pairs({STEM: 'features.init_block', **(others or {})})
+  outside[CLASSIFIER] = ('output', 'output')
   unit = 'features.stage{s}.unit{b}.'
-  pairs = {
-    name: (f'{prefix}.conv', f'{prefix}.bn')
-    for name, prefix in {
-      STEM: 'features.init_block',
-      **{name: unit + row for name, row in rows.items()},
-      **(extra or {}),
-    }.items()
-  }
-  pairs[CLASSIFIER] = ('output', 'output')
-  return Layout('pytorchcv', pairs, **others)
-
-
-def _torchvision(rows: Mapping[str, tuple[str, str]], **others) -> Layout:
-  block = 'layer{s}.{i}.'
-  pairs = {
-    name: (block + conv, block + bn) for name, (conv, bn) in rows.items()
-  }
-  pairs |= {STEM: ('conv1', 'bn1'), CLASSIFIER: ('fc', 'fc')}
-  return Layout('torchvision', pairs, **others)
+  return _layout('pytorchcv', unit, pairs(rows), outside, **fields)
 
 
 _CONVS = {f'conv{i}': (f'conv{i}', f'bn{i}') for i in (1, 2, 3)}
+_BODY = {
+  'conv1': 'body.conv1',
+  'conv2': 'body.conv2',
+  'shortcut': 'identity_conv',
+}
 OWN = Layout('clusterq', {}, _OWN_LEAVES, torch_order=False)
-# The first layout is named where a file fits none.
+# Where several layouts have equally many keys of a file, the first is taken.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
   'cifar_resnet': (
-    Layout(
+    _layout(
       'akamaster',
+      'layer{s}.{i}.',
+      {'conv1': ('conv1', 'bn1'), 'conv2': ('conv2', 'bn2')},
       {
         STEM: ('conv1', 'bn1'),
-        'conv1': ('layer{s}.{i}.conv1', 'layer{s}.{i}.bn1'),
-        'conv2': ('layer{s}.{i}.conv2', 'layer{s}.{i}.bn2'),
         'shortcut': ('layer{s}.0.shortcut.0', 'layer{s}.0.shortcut.1'),
         CLASSIFIER: ('linear', 'linear'),
       },
     ),
-    _pytorchcv(
-      {
-        'conv1': 'body.conv1',
-        'conv2': 'body.conv2',
-        'shortcut': 'identity_conv',
-      }
-    ),
+    _pytorchcv(_BODY),
     OWN,
   ),
   'resnet': (
-    _torchvision({**_CONVS, 'shortcut': ('downsample.0', 'downsample.1')}),
+    _layout(
+      'torchvision',
+      'layer{s}.{i}.',
+      {**_CONVS, 'shortcut': ('downsample.0', 'downsample.1')},
+      {STEM: ('conv1', 'bn1'), CLASSIFIER: ('fc', 'fc')},
+    ),
     _pytorchcv(
-      {
-        **{name: f'body.{name}' for name in _CONVS},
-        'shortcut': 'identity_conv',
-      },
-      extra={STEM: 'features.init_block.conv'},
-      # Its resnet50b is torchvision's.
+      {**_BODY, 'conv3': 'body.conv3'},
+      {STEM: 'features.init_block.conv'},
+      # pytorchcv calls torchvision's ResNet-50 resnet50b.
       options={'resnet50': {'stride_first': True}},
     ),
     OWN,
   ),
   'mobilenet_v2': (
-    Layout(
+    _layout(
       'torchvision',
+      'features.{n}.conv.',
+      {
+        'stage1_block1_depthwise': ('0.0', '0.1'),
+        'stage1_block1_project': ('1', '2'),
+        'expand': ('0.0', '0.1'),
+        'depthwise': ('1.0', '1.1'),
+        'project': ('2', '3'),
+      },
       {
         STEM: ('features.0.0', 'features.0.1'),
-        'stage1_block1_depthwise': (
-          'features.{n}.conv.0.0',
-          'features.{n}.conv.0.1',
-        ),
-        'stage1_block1_project': ('features.{n}.conv.1', 'features.{n}.conv.2'),
-        'expand': ('features.{n}.conv.0.0', 'features.{n}.conv.0.1'),
-        'depthwise': ('features.{n}.conv.1.0', 'features.{n}.conv.1.1'),
-        'project': ('features.{n}.conv.2', 'features.{n}.conv.3'),
         'head': ('features.18.0', 'features.18.1'),
         CLASSIFIER: ('classifier.1', 'classifier.1'),
       },
     ),
-    Layout(
+    _layout(
       'timm',
+      'blocks.{r}.{i}.',
+      {
+        'stage1_block1_depthwise': ('conv_dw', 'bn1'),
+        'stage1_block1_project': ('conv_pw', 'bn2'),
+        'expand': ('conv_pw', 'bn1'),
+        'depthwise': ('conv_dw', 'bn2'),
+        'project': ('conv_pwl', 'bn3'),
+      },
       {
         STEM: ('conv_stem', 'bn1'),
-        'stage1_block1_depthwise': (
-          'blocks.{r}.{i}.conv_dw',
-          'blocks.{r}.{i}.bn1',
-        ),
-        'stage1_block1_project': (
-          'blocks.{r}.{i}.conv_pw',
-          'blocks.{r}.{i}.bn2',
-        ),
-        'expand': ('blocks.{r}.{i}.conv_pw', 'blocks.{r}.{i}.bn1'),
-        'depthwise': ('blocks.{r}.{i}.conv_dw', 'blocks.{r}.{i}.bn2'),
-        'project': ('blocks.{r}.{i}.conv_pwl', 'blocks.{r}.{i}.bn3'),
         'head': ('conv_head', 'bn2'),
         CLASSIFIER: ('classifier', 'classifier'),
       },
     ),
     _pytorchcv(
-      {
-        'expand': 'conv1',
-        'depthwise': 'conv2',
-        'project': 'conv3',
-      },
-      extra={'head': 'features.final_block'},
+      {'expand': 'conv1', 'depthwise': 'conv2', 'project': 'conv3'},
+      {'head': 'features.final_block'},
       stages=(1, 2, 3, 7, 4),
       options={'mobilenet_v2': {'expand_first': True}},
       conv_classifier=True,
@@ -265,13 +265,16 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     OWN,
   ),
   'efficientnet_lite': (
-    Layout(
+    _layout(
       'efficientnet-lite-pytorch',
+      '_blocks.{m}.',
+      {
+        'expand': ('_expand_conv', '_bn0'),
+        'depthwise': ('_depthwise_conv', '_bn1'),
+        'project': ('_project_conv', '_bn2'),
+      },
       {
         STEM: ('_conv_stem', '_bn0'),
-        'expand': ('_blocks.{m}._expand_conv', '_blocks.{m}._bn0'),
-        'depthwise': ('_blocks.{m}._depthwise_conv', '_blocks.{m}._bn1'),
-        'project': ('_blocks.{m}._project_conv', '_blocks.{m}._bn2'),
         'head': ('_conv_head', '_bn1'),
         CLASSIFIER: ('_fc', '_fc'),
       },
@@ -282,10 +285,10 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def known(arch: str) -> tuple[Layout, ...]:
-  """The layouts of an architecture's weights.
+  """Returns the layouts known for an architecture's weights.
 
   Raises:
-    InputError: no such architecture.
+    InputError: no architecture has that name.
   """
   architecture = registry.architecture(arch)
   if architecture.rows is not None:

@@ -1,4 +1,4 @@
-"""The teacher: a float network, its weights, and what they expect as input."""
+"""The teacher: a float network, its weights and the input they expect."""
 
 import dataclasses
 import json
@@ -13,11 +13,12 @@ from clusterq_jax import weights as weights_lib
 from clusterq_jax.data.assets import ASSETS
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
-from clusterq_jax.models import protocol, registry
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import Graph, trace
 from clusterq_jax.models.preprocessing import Preprocessing
 
 _ORDERS = ('rgb', 'bgr', 'grey')
-_LARGEST = 2**15  # pixels of a side
+_LARGEST = 2**15  # largest side of an image in pixels, exclusive
 EMBEDDED = 'embedded'
 EMBEDDED_FILE = ASSETS / 'fashion_mnist_resnet20.safetensors'
 
@@ -27,18 +28,18 @@ class Teacher:
   """A frozen float classifier.
 
   Attributes:
-    build: makes the architecture from a layer set.
-    graph: the architecture's wiring.
-    variables: {'params', 'batch_stats'}, arrays.
-    preprocessing: what the weights expect of their input.
+    build: makes the network from a layer set.
+    graph: wiring of the network.
+    variables: {'params', 'batch_stats'} -> layer -> leaf, float32.
+    preprocessing: the input that the weights expect.
     num_classes: K, read off the classifier.
-    options: the architecture's fields, read off the weights.
+    options: fields of the architecture, read off the weights.
     class_names: K names, or ().
-    notes: what the user should know before relying on the weights.
+    notes: warnings that the user should read before relying on the weights.
   """
 
   build: registry.Builder
-  graph: protocol.Graph
+  graph: Graph
   variables: dict[str, Any]
   preprocessing: Preprocessing
   num_classes: int
@@ -58,14 +59,15 @@ def load(
 
   Args:
     arch: name of the architecture.
-    path: weights file, or 'embedded'.
-    entry: of the file, see `weights.load`.
-    num_classes: what the config expects; None takes what the file has.
-    **preprocessing: fields of `Preprocessing`; None means that the file's
-      metadata say it.
+    path: path of the weights file, or 'embedded'.
+    entry: entry of the file, see `weights.load`.
+    num_classes: number of classes that the config expects; None for any.
+    **preprocessing: fields of `Preprocessing`; None takes the value in the
+      file's metadata, or else the usual one.
 
   Raises:
-    InputError: no such file, unfit weights, or nothing says what they expect.
+    InputError: no such file, weights that do not fit, or an input format that
+      is unknown.
   """
   file = EMBEDDED_FILE if path == EMBEDDED else pathlib.Path(path)
   if not file.exists():
@@ -80,7 +82,7 @@ def load(
       f'config.teacher.num_classes={num_classes}'
     )
   build = registry.builder(arch, **options)
-  graph = protocol.trace(build)
+  graph = trace(build)
   expected = _preprocessing(path, arch, loaded, preprocessing)
   _check_image_size(build, graph, loaded.variables, expected)
   return Teacher(
@@ -96,12 +98,11 @@ def load(
 
 
 class ExpectedInput(NamedTuple):
-  """What weights expect of their input.
+  """The input that weights expect.
 
   Attributes:
-    values: checked, by field of `Preprocessing`; fields that nothing tells are
-      missing.
-    assumed: fields whose values are only usual for the architecture.
+    values: checked values by field of `Preprocessing`, without unknown fields.
+    assumed: fields whose values are the usual ones for the architecture.
   """
 
   values: dict[str, Any]
@@ -115,17 +116,20 @@ def expected_input(
   given: Mapping[str, Any],
   given_as: str = 'config.teacher.',
 ) -> ExpectedInput:
-  """What weights expect: as given, else as the file says, else as is usual.
+  """Collects the input that weights expect.
+
+  A value comes from the user, else from the file's metadata, else it is the
+  usual one for the architecture.
 
   Args:
-    path: of the weights.
+    path: path of the weights.
     arch: name of the architecture.
     loaded: the weights.
-    given: by field of `Preprocessing`; None is not given.
-    given_as: what stands before a field's name where it was given.
+    given: the user's values by field of `Preprocessing`; None is not given.
+    given_as: prefix of a field's name where the user gave it, for messages.
 
   Raises:
-    InputError: a value that cannot be meant; it names where that comes from.
+    InputError: an impossible value; the message names its origin.
   """
   values: dict[str, Any] = {}
   origins: dict[str, str] = {}
@@ -149,7 +153,7 @@ def expected_input(
 def _check_input(
   values: dict[str, Any], origins: Mapping[str, str], channels: int
 ) -> None:
-  """Refuses what no image or network could have; makes tuples of lists."""
+  """Refuses impossible values; turns lists in `values` into tuples."""
 
   def refuse(name: str, expected: str) -> NoReturn:
     raise InputError(f'{origins[name]}={values[name]!r}: expected {expected}')
@@ -189,11 +193,12 @@ def _check_input(
 def _preprocessing(
   path: str, arch: str, loaded: weights_lib.Loaded, given: Mapping
 ) -> Preprocessing:
+  """Returns the input that weights expect, and refuses to guess it."""
   values, _ = expected_input(path, arch, loaded, given)
   for field in dataclasses.fields(Preprocessing):
     if field.name not in values and field.default is dataclasses.MISSING:
       raise InputError(
-        f'{path} does not say what input its weights expect: set '
+        f'{path} does not tell what input its weights expect: set '
         f'config.teacher.{field.name} (and image_size, mean, std, '
         'pixel_range, channel_order where they differ from the defaults)'
       )
@@ -202,11 +207,11 @@ def _preprocessing(
 
 def _check_image_size(
   build: registry.Builder,
-  graph: protocol.Graph,
+  graph: Graph,
   variables: Mapping[str, Any],
   preprocessing: Preprocessing,
 ) -> None:
-  """A classifier behind a pool of windows takes images of one size only."""
+  """Refuses an image size that changes the input of the classifier."""
   network = build(float_layers.layer_set())
   images = jax.ShapeDtypeStruct((1, *preprocessing.shape), np.float32)
   last = graph.weighted[-1]
@@ -214,7 +219,7 @@ def _check_image_size(
   try:
     shapes = jax.eval_shape(network.init, jax.random.key(0), images)
     given = shapes['params'][last]['kernel'].shape[0]
-  except ZeroDivisionError:  # of an initialiser: no window fits
+  except ZeroDivisionError:  # in an initialiser, because no window fits
     given = 0
   if found != given:
     raise InputError(
@@ -224,6 +229,7 @@ def _check_image_size(
 
 
 def _class_names(path: str, loaded: weights_lib.Loaded) -> tuple[str, ...]:
+  """Returns the class names in the file's metadata, or ()."""
   found = _json(path, 'class_names', loaded.metadata.get('class_names', '[]'))
   if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
     raise InputError(f'{path}: class_names={found!r}: expected a list of names')
@@ -236,6 +242,7 @@ def _class_names(path: str, loaded: weights_lib.Loaded) -> tuple[str, ...]:
 
 
 def _are_numbers(values: Any) -> bool:
+  """Tells whether `values` is a list or tuple of finite numbers."""
   return isinstance(values, (list, tuple)) and all(
     isinstance(n, (int, float))
     and not isinstance(n, bool)
@@ -245,6 +252,7 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _json(path: str, key: str, raw: str) -> Any:
+  """Decodes one metadata string."""
   try:
     return json.loads(raw)
   except (ValueError, RecursionError) as e:

@@ -14,6 +14,7 @@ from clusterq_jax import data
 from clusterq_jax.deploy import fold, integer, student
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.quant import quantizers
@@ -148,7 +149,7 @@ def _tiny(kind='conv', order='rgb', channels=3):
   grey = channels == 1
   return teacher.Teacher(
     build=build,
-    graph=protocol.trace(build),
+    graph=trace(build),
     variables=jax.tree_util.tree_map_with_path(value, shapes),
     preprocessing=Preprocessing(
       image_size=shape[:2],

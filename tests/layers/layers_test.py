@@ -12,6 +12,7 @@ from jax import lax
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import cifar_resnet as resnet
 from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.graph import Node, trace
 from clusterq_jax.ops import channels, convolution
 from clusterq_jax.ops.moments import Moments, Statistics, batch_statistics
 from clusterq_jax.quant import plan, quantizers
@@ -383,7 +384,7 @@ def _forward_order(blocks, shortcut):
 )
 def test_moments_come_in_forward_order(arch, blocks, shortcut):
   build = registry.builder(arch, num_classes=10, shortcut=shortcut)
-  graph = protocol.trace(build)
+  graph = trace(build)
   names = _forward_order(blocks, shortcut)
   assert list(graph.batch_norms) == names
   assert list(graph.weighted) == [*names, 'classifier']
@@ -408,16 +409,16 @@ def test_graph_order_is_the_order_of_execution():
     variables = jax.eval_shape(
       network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
     )
-  graph = protocol.trace(build)
+  graph = trace(build)
   layers = [name for name in called if name in variables['params']]
   assert layers == list(graph.weighted)
   assert set(graph.batch_norms) == set(variables['moments'])
 
 
 def test_wiring_of_a_block():
-  graph = protocol.trace(registry.builder('resnet20', num_classes=10))
+  graph = trace(registry.builder('resnet20', num_classes=10))
   nodes = {node.name: node for node in graph.nodes}
-  assert nodes['stage2_block1_add'] == protocol.Node(
+  assert nodes['stage2_block1_add'] == Node(
     'stage2_block1_add',
     'add',
     ('stage2_block1_shortcut', 'stage2_block1_conv2'),
@@ -438,7 +439,7 @@ def test_two_layers_of_one_name():
       return self.layers.conv_bn(4, 3, name='conv')(x)
 
   with pytest.raises(ValueError, match="two layers are called 'conv'"):
-    protocol.trace(Twice)
+    trace(Twice)
 
 
 # --- Teacher and student -----------------------------------------------------
@@ -451,7 +452,7 @@ class _Pair:
     self.build = functools.partial(
       resnet.CifarResNet, depth=8, num_classes=5, shortcut=shortcut
     )
-    self.graph = protocol.trace(self.build)
+    self.graph = trace(self.build)
     random = np.random.RandomState(0)
     self.x = random.randn(4, 8, 8, channels).astype(np.float32)
 

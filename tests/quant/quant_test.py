@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from clusterq_jax.layers import float_layers
-from clusterq_jax.models import protocol, registry
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import Graph, Node, trace
 from clusterq_jax.quant import numerics, plan
 
 # --- Numerics ----------------------------------------------------------------
@@ -228,9 +229,7 @@ _BITS = {'weights': 3, 'activations': 5, 'first': 6, 'last': 7}
 def _plan(placement, shortcut='pad'):
   build = registry.builder('resnet20', num_classes=10, shortcut=shortcut)
   bits = plan.Bits(**_BITS, placement=placement)
-  return plan.make_plan(
-    protocol.trace(build), bits, learned=True, input_limit=2.54
-  )
+  return plan.make_plan(trace(build), bits, learned=True, input_limit=2.54)
 
 
 def _paper_outputs():
@@ -285,16 +284,16 @@ def test_weight_bits(shortcut, count):
 
 def test_signs_follow_the_activation():
   nodes = (
-    protocol.Node('image', 'input', ('x',)),
-    protocol.Node('linear', 'conv_bn', ('image',)),
-    protocol.Node('pad', 'pad_shortcut', ('linear',)),
-    protocol.Node('sum', 'add', ('pad', 'linear')),
-    protocol.Node('windows', 'avg_pool', ('sum',)),
-    protocol.Node('pool', 'global_avg_pool', ('windows',)),
-    protocol.Node('logits', 'dense', ('pool',)),
+    Node('image', 'input', ('x',)),
+    Node('linear', 'conv_bn', ('image',)),
+    Node('pad', 'pad_shortcut', ('linear',)),
+    Node('sum', 'add', ('pad', 'linear')),
+    Node('windows', 'avg_pool', ('sum',)),
+    Node('pool', 'global_avg_pool', ('windows',)),
+    Node('logits', 'dense', ('pool',)),
   )
   bits = plan.Bits(4, 4, 4, 4, 'integer')
-  assert _found(plan.make_plan(protocol.Graph(nodes), bits, False, 1.0)) == {
+  assert _found(plan.make_plan(Graph(nodes), bits, False, 1.0)) == {
     'image': (8, True),
     'linear': (8, True),
     'sum': (8, True),

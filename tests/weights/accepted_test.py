@@ -15,7 +15,7 @@ from PIL import Image
 from clusterq_jax import config as config_lib
 from clusterq_jax import data
 from clusterq_jax.models import registry
-from clusterq_jax.weights import fitting, layouts
+from clusterq_jax.weights import fitting, layouts, matching
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _NETWORKS = {
@@ -33,7 +33,7 @@ _LAYOUTS = [
 
 def _state(arch, options, layout, channels=3, classes=4):
   """Random tensors under the names that a layout gives them."""
-  layers = fitting.layers_of(
+  layers = matching.layers_of(
     registry.architecture(arch),
     channels,
     num_classes=classes,

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
-from clusterq_jax.weights import files, fitting, layouts
+from clusterq_jax.weights import files, fitting, layouts, matching
 
 _STATS = ('weight', 'bias', 'running_mean', 'running_var')
 
@@ -320,7 +320,7 @@ def test_transposed_kernels(weights, name):
     layout = layouts.LAYOUTS[name][0]
     state = {
       layout.key(layer, leaf): np.ones(layout.to_source(shape), np.float32)
-      for layer in fitting.layers_of(
+      for layer in matching.layers_of(
         registry.architecture(name), 3, num_classes=5
       )
       for leaf, shape in layer.shapes.items()
@@ -404,7 +404,7 @@ def test_names_cannot_break_the_line(weights):
 @pytest.mark.parametrize(
   ('name', 'contents', 'found'),
   [
-    ('absent.safetensors', None, 'no such file'),
+    ('absent.safetensors', None, 'No such file'),
     ('a.safetensors', b'', 'an empty file (0 bytes)'),
     ('a.pt', b'', 'an empty file (0 bytes)'),
     ('a.onnx', b'x', "extension '.onnx', expected .safetensors, .npz, .th"),
@@ -422,7 +422,7 @@ def test_not_a_weight_file(tmp_path, name, contents, found):
 
 
 def test_folder_and_empty_safetensors(tmp_path, weights):
-  assert 'a directory' in _refusal(files.read_tensors, tmp_path)
+  assert 'Is a directory' in _refusal(files.read_tensors, tmp_path)
   message = _refusal(files.read_tensors, _save(weights, {}))
   assert 'no tensors' in message
 
@@ -493,7 +493,7 @@ def test_npz_is_what_safetensors_is(tmp_path, weights):
 def test_npz_that_would_fill_the_memory(tmp_path):
   path = tmp_path / 'a.npz'
   np.savez_compressed(path, a=np.zeros(2**28 + 1, np.uint8))
-  assert 'bytes that stand for 268,435,' in _refusal(files.read_tensors, path)
+  assert 'bytes expand to 268,435,' in _refusal(files.read_tensors, path)
 
 
 def test_unfit_npz(tmp_path):
@@ -644,6 +644,6 @@ def test_torch_files_that_hold_something_else(tmp_path):
   torch.save({'w': torch.ones(2, 2).to_sparse()}, path)
   assert 'torch.sparse_coo' in _refusal(files.read_tensors, path)
   torch.save({'w': torch.ones(1).expand(2**40)}, path)
-  assert 'stand for 4,398,046,511,104' in _refusal(files.read_tensors, path)
+  assert 'expand to 4,398,046,511,104' in _refusal(files.read_tensors, path)
   torch.save({'w': torch.ones(2, device='meta')}, path)
   assert 'tensor w is' in _refusal(files.read_tensors, path)

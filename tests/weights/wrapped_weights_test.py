@@ -7,7 +7,7 @@ import safetensors.numpy
 from clusterq_jax import convert
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
-from clusterq_jax.weights import fitting, layouts
+from clusterq_jax.weights import fitting, layouts, matching
 
 torch = pytest.importorskip('torch')
 pytestmark = pytest.mark.torch
@@ -21,7 +21,7 @@ def _state(seed=0, **changes):
   channels = options.pop('in_channels')
   architecture = registry.architecture('resnet8')
   state = {}
-  for layer in fitting.layers_of(architecture, channels, **options):
+  for layer in matching.layers_of(architecture, channels, **options):
     for leaf, shape in layer.shapes.items():
       value = random.rand(*layout.to_source(shape)).astype(np.float32)
       state[layout.key(layer, leaf)] = torch.tensor(value)
@@ -98,9 +98,9 @@ def test_averaged_weights_beside_the_others(tmp_path):
   path, state, average = tmp_path / 'a.pt', _state(0), _state(1)
   torch.save({'model_ema': average, 'model': state}, path)
   loaded = fitting.load(path, 'resnet8')
-  assert "entry 'model'; not taken: model_ema" in loaded.report
+  assert "entry 'model'; not read: 'model_ema' (" in loaded.report
   (note,) = loaded.notes
-  assert "those of the entry 'model'; model_ema would fit" in note
+  assert "from the entry 'model'; 'model_ema' would fit" in note
   found = fitting.load(path, 'resnet8', 'model_ema')
   np.testing.assert_array_equal(
     found.variables['params']['classifier']['bias'], average['linear.bias']
@@ -109,7 +109,7 @@ def test_averaged_weights_beside_the_others(tmp_path):
   report = convert.convert(
     'resnet8', str(path), str(tmp_path / 'a.safetensors'), entry='model_ema'
   )
-  assert "Taken is the entry 'model_ema'; not taken: model" in report
+  assert "Read the entry 'model_ema'; not read: 'model' (" in report
   with pytest.raises(
     InputError, match="no entry 'ema'.*found model_ema, model"
   ):
