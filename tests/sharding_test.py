@@ -18,12 +18,14 @@ _PRELUDE = """
 import json, runpy, sys, types
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType
-from clusterq_jax import checkpoint, experiment, sharding, train
+from clusterq_jax import sharding
 from clusterq_jax.layers import fake_quant as layers
+from clusterq_jax.modes import train
 from clusterq_jax.quant import numerics
+from clusterq_jax.runtime import checkpoint, session
 assert jax.device_count() == 8
 config = runpy.run_path(sys.argv[1])['get_config']()
-teacher = experiment.load_teacher(config)
+teacher = session.load_teacher(config)
 devices = [8]
 
 def make_mesh(batch_size):
@@ -35,7 +37,7 @@ sharding.make_mesh = make_mesh
 class Run:
   def __init__(self, n, dtype):
     devices[0] = n
-    steps = experiment.make_steps(config, teacher)
+    steps = session.make_steps(config, teacher)
     everywhere = sharding.replicated(steps.mesh)
 
     def cast(tree):

@@ -37,7 +37,8 @@ _ONE_CANNOT_READ = """
 import sys
 import jax
 import jax.numpy as jnp
-from clusterq_jax import checkpoint, sharding
+from clusterq_jax import sharding
+from clusterq_jax.runtime import checkpoint
 folder, address, process = sys.argv[1:]
 sharding.start('on', address, 2, int(process))
 everywhere = sharding.replicated(sharding.make_mesh(2))
