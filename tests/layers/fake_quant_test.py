@@ -262,6 +262,7 @@ def test_at_4_bits_the_student_is_farther_off():
   assert 0.05 < _distance(logits, pair.logits) < 0.5
 
 
+@pytest.mark.slow
 def test_at_3_bits_a_corrected_student_is_nearer():
   pair = _pair()
   decided = pair.plan(3)

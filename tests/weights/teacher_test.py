@@ -120,6 +120,7 @@ def test_a_missing_file_comes_with_its_hint():
     teacher.load('resnet20', 'no.th', hint='make it')
 
 
+@pytest.mark.slow
 def test_the_embedded_teacher_is_as_good_as_the_readme_says():
   loaded = teacher.load('resnet20', teacher.EMBEDDED)
   assert loaded.class_names[9] == 'Ankle-boot'
