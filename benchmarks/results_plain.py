@@ -238,7 +238,7 @@ SPECS: dict[str, tuple[str, dict[str, Any], list[Column], str]] = {
       ('findings', 'findings', 'd'),
       ('time, minutes', 'minutes', 'd'),
     ],
-    _PYTHON + 'fuzz --inputs=10000 --seed=0',
+    'CLUSTERQ_FUZZ_INPUTS=10000 CLUSTERQ_FUZZ_SEED=0 launch/test.sh tests/fuzz',
   ),
   'tests': (
     'checks',

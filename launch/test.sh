@@ -3,6 +3,10 @@
 #
 #   launch/test.sh [PYTEST ARGUMENT...]
 #
+#   launch/test.sh                  all tests except those marked `full`
+#   launch/test.sh -m "not slow"    the quick ones: is daily work sound?
+#   launch/test.sh -m full          those that take longest; .ci/run adds them
+#
 # Paths among the arguments are relative to the repository's root.
 set -euo pipefail
 

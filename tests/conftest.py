@@ -41,6 +41,14 @@ os.environ[_UNOPTIMIZED.upper()] = '1'
 jax.config.update(_UNOPTIMIZED, True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks `full` tests `slow`: `-m "not slow"` replaces `-m "not full"`."""
+  for item in items:
+    if item.get_closest_marker('full'):
+      item.add_marker('slow')
+
+
 @pytest.fixture(scope='module')
 def optimized() -> Iterator[None]:
   """Code is compiled as users run it, from here to the module's end."""

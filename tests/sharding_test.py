@@ -18,12 +18,14 @@ _PRELUDE = """
 import json, runpy, sys, types
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType
-from clusterq_jax import checkpoint, experiment, sharding, train
+from clusterq_jax import sharding
 from clusterq_jax.layers import fake_quant as layers
+from clusterq_jax.modes import train
 from clusterq_jax.quant import numerics
+from clusterq_jax.runtime import checkpoint, session
 assert jax.device_count() == 8
 config = runpy.run_path(sys.argv[1])['get_config']()
-teacher = experiment.load_teacher(config)
+teacher = session.load_teacher(config)
 devices = [8]
 
 def make_mesh(batch_size):
@@ -35,7 +37,7 @@ sharding.make_mesh = make_mesh
 class Run:
   def __init__(self, n, dtype):
     devices[0] = n
-    steps = experiment.make_steps(config, teacher)
+    steps = session.make_steps(config, teacher)
     everywhere = sharding.replicated(steps.mesh)
 
     def cast(tree):
@@ -128,18 +130,19 @@ found['codes'] = sum(v.size for v in values.values())
 print(json.dumps(found))
 """
 
-# Prints the losses of float64 runs on 1 and on 8 devices, and of one that goes
-# on, from a checkpoint, on 1, and one the other way round: '8 to 1', '1 to 8'.
-# Over several steps in float64 alone: in float32 rounding grows, since Adam's
+# Prints the losses of a float64 run on 1 device ('1'), and of two runs that
+# change the number of devices half-way, at a checkpoint ('8 to 1', '1 to 8').
+# Only float64 allows several steps: in float32 rounding grows, since Adam's
 # first steps are the signs of gradients, even of those that are only rounding.
 _FLOAT64 = """
 jax.config.update('jax_enable_x64', True)
+half = int(sys.argv[3])
 one, eight = (Run(n, np.float64).compiled() for n in (1, 8))
-losses = {'1': one(25), '8': eight(25)}
+losses = {'1': one(half), '8': eight(half)}
 saved = []
 for run, n in (one, 1), (eight, 8):
   store = checkpoint.Checkpoints(f'{sys.argv[2]}/{n}')
-  store.save(25, run.state, 0.0)
+  store.save(half, run.state, 0.0)
   saved.append(store)
 for n in 2, 4:
   devices[0] = n
@@ -150,12 +153,11 @@ for n in 2, 4:
     eight.abstract)
   state, _ = saved[1].restore(abstract, print)
   jax.tree.map(np.testing.assert_array_equal, state, eight.state)
-losses['1'] += one(25)
-losses['8'] += eight(25)
+losses['1'] += one(half)
 one.state, _ = saved[1].restore(one.abstract, print)
-losses['8 to 1'] = losses['8'][:25] + one(25)
+losses['8 to 1'] = losses['8'] + one(half)
 eight.state, _ = saved[0].restore(eight.abstract, print)
-losses['1 to 8'] = losses['1'][:25] + eight(25)
+losses['1 to 8'] = losses['1'][:half] + eight(half)
 print(json.dumps(losses))
 """
 
@@ -164,12 +166,13 @@ print(json.dumps(losses))
 def on_devices(spawn, tiny_config_file, tmp_path):
   """Runs a script on eight devices; returns what it prints last, as JSON."""
 
-  def run(script, **env):
+  def run(script, *arguments, **env):
     process = spawn(
       '-c',
       _PRELUDE + script,
       str(tiny_config_file),
       str(tmp_path),
+      *arguments,
       JAX_PLATFORMS='cpu',
       XLA_FLAGS='--xla_force_host_platform_device_count=8',
       NPROC='16',  # of XLA's threads: fewer can all wait in a collective
@@ -194,7 +197,13 @@ def _assert_close(found, expected):
       assert _close(a[name], float(b[name])), (step, name)
 
 
-@pytest.mark.parametrize('isa', ['DEFAULT', 'AVX2'])
+@pytest.mark.parametrize(
+  'isa',
+  [
+    pytest.param('DEFAULT', marks=pytest.mark.slow),
+    pytest.param('AVX2', marks=pytest.mark.full),
+  ],
+)
 def test_a_float32_step_on_eight_devices_is_that_on_one(on_devices, isa):
   """The losses agree, unless rounding decides between two codes.
 
@@ -218,10 +227,17 @@ def test_a_float32_step_on_eight_devices_is_that_on_one(on_devices, isa):
     assert _close(a['generator/loss'], b['generator/loss'])
 
 
-def test_eight_devices_give_the_losses_of_one(on_devices):
-  losses = on_devices(_FLOAT64)
-  assert len(losses['1']) == 50
-  for name in ('8', '8 to 1', '1 to 8'):
+@pytest.mark.parametrize(
+  'steps',
+  [
+    pytest.param(14, marks=pytest.mark.slow),
+    pytest.param(50, marks=pytest.mark.full),
+  ],
+)
+def test_eight_devices_give_the_losses_of_one(on_devices, steps):
+  losses = on_devices(_FLOAT64, str(steps // 2))
+  assert len(losses['1']) == steps
+  for name in ('8 to 1', '1 to 8'):
     _assert_close(losses[name], losses['1'])
 
 

@@ -226,6 +226,7 @@ def _remount(folder, options):
   subprocess.run(command, check=True)
 
 
+@pytest.mark.slow
 def test_full_disk(finished, command, tiny_config_file, small_disk, state_at):
   workdir = small_disk / 'run'
   flags = f'--config={tiny_config_file}', f'--workdir={workdir}'

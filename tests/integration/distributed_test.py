@@ -37,7 +37,8 @@ _ONE_CANNOT_READ = """
 import sys
 import jax
 import jax.numpy as jnp
-from clusterq_jax import checkpoint, sharding
+from clusterq_jax import sharding
+from clusterq_jax.runtime import checkpoint
 folder, address, process = sys.argv[1:]
 sharding.start('on', address, 2, int(process))
 everywhere = sharding.replicated(sharding.make_mesh(2))
@@ -96,7 +97,7 @@ def _found_by(how, port, i, count):
 
 @pytest.fixture
 def start(spawn, tiny_config_file, tmp_path):
-  """Starts the processes of a run on tmp_path / 'run'; returns them."""
+  """Starts the processes of a run in tmp_path / 'run'; returns them."""
   started = []
 
   def call(how, count=2):
@@ -166,8 +167,21 @@ def _reference(finished):
   return jax.device_get(losses)
 
 
-def test_several_processes(start, logged, finished, tmp_path):
-  """SIGTERM, then SIGKILL to either, then to the end, with the same command."""
+def _assert_finished(folder, losses, finished, count):
+  """All steps are logged, by `count` processes, with the losses of one."""
+  assert list(losses) == list(range(1, _STEPS + 1))
+  results = json.loads((folder / 'results.json').read_text())
+  assert results['steps'] == _STEPS
+  assert len(results['devices']) == count
+  for step, expected in enumerate(_reference(finished), 1):
+    for name in ('generator/loss', 'student/loss'):
+      value = pytest.approx(expected[name], rel=1e-5)
+      assert losses[step][name] == value, (step, name)
+
+
+@pytest.mark.slow
+def test_two_processes(start, logged, finished, tmp_path):
+  """SIGTERM to one of them, then to the end with the same command."""
   lead, other = start('flags')
   _wait(lead, logged)
   other.send_signal(signal.SIGTERM)
@@ -180,21 +194,29 @@ def test_several_processes(start, logged, finished, tmp_path):
     assert f'stopped by SIGTERM after step {first} of {_STEPS}' in text
     assert 'the same command goes on from there' in text
 
+  codes, said = _end(start('slurm'))
+  assert codes == [0, 0], said
+  assert f'resuming at step {first} of {_STEPS}' in said[0]
+  _assert_finished(tmp_path / 'run', logged(), finished, 2)
+
+
+@pytest.mark.full
+def test_killed_processes(start, logged, finished, tmp_path):
+  """SIGKILL to either of two, then four go on to the end."""
   lead, other = start('slurm')
-  _wait(lead, lambda: max(logged()) > first)
+  _wait(lead, logged)
   other.kill()
   killed_at = time.monotonic()
   codes, said = _end((lead, other))
   assert codes == [1, -9], said
   assert time.monotonic() - killed_at < 60
-  assert f'resuming at step {first} of {_STEPS}' in said[0]
   assert 'error: process 0 of 2 cannot go on' in said[0].splitlines()[-1]
   assert 'the same command' in said[0].splitlines()[-1]
-  second = max(logged())
-  assert second < _STEPS
+  first = max(logged())
+  assert first < _STEPS
 
   lead, other = start('flags')
-  _wait(lead, lambda: max(logged()) > second)
+  _wait(lead, lambda: max(logged(), default=0) > first)
   lead.kill()
   killed_at = time.monotonic()
   codes, said = _end((lead, other))
@@ -209,16 +231,7 @@ def test_several_processes(start, logged, finished, tmp_path):
   assert 'resuming at step' in said[0]
   for text in said[1:]:
     assert text.count('\n') <= 2, text  # what it is, and Gloo's own line
-  assert list(logged()) == list(range(1, _STEPS + 1))
-  results = json.loads((tmp_path / 'run' / 'results.json').read_text())
-  assert results['steps'] == _STEPS
-  assert len(results['devices']) == 4
-  for step, expected in enumerate(_reference(finished), 1):
-    for name in ('generator/loss', 'student/loss'):
-      assert logged()[step][name] == pytest.approx(expected[name], rel=1e-5), (
-        step,
-        name,
-      )
+  _assert_finished(tmp_path / 'run', logged(), finished, 4)
 
 
 def test_a_checkpoint_that_one_cannot_read(spawn, tmp_path):

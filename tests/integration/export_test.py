@@ -19,7 +19,7 @@ from clusterq_jax.modes import export, train
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
-pytestmark = pytest.mark.usefixtures('optimized')
+pytestmark = [pytest.mark.usefixtures('optimized'), pytest.mark.slow]
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _README = _ROOT / 'README.md'

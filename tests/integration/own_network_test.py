@@ -84,6 +84,7 @@ def _state(random):
   return {key: value.astype(np.float32) for key, value in state.items()}
 
 
+@pytest.mark.slow
 def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
   del compile_cache
   onnxruntime = pytest.importorskip('onnxruntime')

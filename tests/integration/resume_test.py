@@ -76,6 +76,7 @@ def _kill_when(process, seen):
   return process.returncode == -9
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(
   finished, state_at, spawn, tiny_config_file, tmp_path
 ):
@@ -103,6 +104,7 @@ def test_killed_again_and_again(
 # --- SIGTERM, and a second run ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_and_a_second_run(
   finished, state_at, spawn, command, tiny_config_file, tmp_path
 ):
@@ -148,6 +150,7 @@ def _largest_file(folder: pathlib.Path) -> pathlib.Path:
   return max(files, key=lambda path: path.stat().st_size)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_skipped(
   finished, workdir, state_at, tiny_config, tmp_path, capfd
 ):

@@ -2,12 +2,15 @@
 
 import json
 import runpy
+import shutil
 
 import pytest
 
 from clusterq_jax.deploy import student
 from clusterq_jax.errors import InputError
 from clusterq_jax.modes import train
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -62,8 +65,7 @@ def test_refuses(make_config, source, tmp_path, fields, message):
 
 def test_refuses_an_unfinished_run(make_config, source, tmp_path):
   begun = make_config(**{'schedule.student_steps': 4})
-  folder = tmp_path / 'source'
-  train.quantize(make_config(), str(folder))
+  folder = shutil.copytree(source, tmp_path / 'source')
   (folder / 'config.json').write_text(begun.to_json())
   config = make_config(**{'generator.workdir': str(folder)})
   with pytest.raises(InputError, match='not finished; expected .* step 19'):

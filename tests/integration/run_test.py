@@ -347,6 +347,7 @@ def test_figures_of_before_images_had_a_digest(tmp_path):
   assert found['earlier'] == [{'images': None, **old}]
 
 
+@pytest.mark.slow
 def test_float64_by_default_changes_nothing(
   finished, answers, tiny_config, tmp_path
 ):

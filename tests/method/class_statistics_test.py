@@ -1,4 +1,4 @@
-"""Statistics from per-sample moments against those of whole feature maps."""
+"""Class statistics against those of the whole feature maps of each class."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from clusterq_jax.method.class_statistics import class_statistics, classes_of
-from clusterq_jax.ops.moments import (
-  EPSILON,
-  Statistics,
-  batch_statistics,
-  sample_moments,
-)
+from clusterq_jax.ops.moments import EPSILON, sample_moments
 
 _CLASSES = 5
 _LABELS = np.array([0, 1, 1, 3, 1, 0, 4])
@@ -37,38 +32,6 @@ def _numpy_statistics(h):
   """Over all samples and pixels of h [B, H, W, C], in float64."""
   pixels = h.astype(np.float64).reshape(-1, h.shape[-1])
   return pixels.mean(0), np.sqrt(pixels.var(0) + EPSILON)
-
-
-def test_sample_moments(maps):
-  mean, var = sample_moments(maps)
-  assert mean.shape == var.shape == (7, 4)
-  np.testing.assert_allclose(mean, maps.mean((1, 2)), atol=1e-5)
-  np.testing.assert_allclose(var, maps.var((1, 2)), atol=1e-5)
-
-
-def test_sums_stay_in_float32(maps):
-  h = jnp.asarray(maps).astype(jnp.bfloat16)
-  moments = sample_moments(h)
-  exact = np.asarray(h.astype(jnp.float32))
-  assert moments.mean.dtype == moments.var.dtype == jnp.float32
-  np.testing.assert_allclose(moments.mean, exact.mean((1, 2)), atol=1e-5)
-  np.testing.assert_allclose(moments.var, exact.var((1, 2)), atol=1e-5)
-
-
-def test_variance_is_never_negative():
-  # Of constant maps: mean(h^2) - mean(h)^2 rounds to either side of 0.
-  level = np.random.RandomState(0).randn(50, 1, 1, 4).astype(np.float32)
-  h = np.broadcast_to(level, (50, 7, 9, 4))
-  mean, var = sample_moments(h)
-  assert np.any(jnp.mean(jnp.square(h), (1, 2)) < jnp.square(mean))
-  assert np.all(var >= 0)
-
-
-def test_batch_equals_whole_maps(maps):
-  found = batch_statistics(sample_moments(maps))
-  mean, std = _numpy_statistics(maps)
-  np.testing.assert_allclose(found.mean, mean, atol=1e-5)
-  np.testing.assert_allclose(found.std, std, atol=1e-5)
 
 
 def test_classes_equal_whole_maps_of_their_valid_samples(maps):
@@ -125,26 +88,14 @@ def test_absent_classes(maps):
 
 
 def test_zero_variance_has_finite_gradients():
-  h = jnp.zeros((7, 3, 5, 4))
-
-  def of_batch(h):
-    found = batch_statistics(sample_moments(h))
-    return jnp.sum(found.mean + found.std)
-
-  for function in (_sum_of_classes, of_batch):
-    value, gradient = jax.value_and_grad(function)(h)
-    assert np.isfinite(value)
-    assert np.all(np.isfinite(gradient))
+  value, gradient = jax.value_and_grad(_sum_of_classes)(jnp.zeros((7, 3, 5, 4)))
+  assert np.isfinite(value)
+  assert np.all(np.isfinite(gradient))
 
 
 def test_batch_order_does_not_matter(maps):
   order = np.array([3, 6, 0, 5, 1, 4, 2])
-  a = _of_classes(maps)
-  b = _of_classes(maps[order], _LABELS[order], _LOGITS[order])
-  moments = sample_moments
-  c = batch_statistics(moments(maps))
-  d = batch_statistics(moments(maps[order]))
-  a = Statistics(a.mean[order], a.std[order])
-  for left, right in ((a, b), (c, d)):
-    np.testing.assert_allclose(left.mean, right.mean, atol=1e-6)
-    np.testing.assert_allclose(left.std, right.std, atol=1e-6)
+  found = _of_classes(maps)
+  other = _of_classes(maps[order], _LABELS[order], _LOGITS[order])
+  np.testing.assert_allclose(found.mean[order], other.mean, atol=1e-6)
+  np.testing.assert_allclose(found.std[order], other.std, atol=1e-6)

@@ -18,6 +18,9 @@ _SPEC = importlib.util.spec_from_file_location('golden', _MAKE)
 golden = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(golden)
 
+# Compiled in about 2 s each.
+_QUICK = 'pytorchcv_resnet20', 'torchvision_resnet18'
+
 pytestmark = pytest.mark.usefixtures('optimized')
 
 
@@ -36,7 +39,13 @@ def _check(ours, theirs):
   assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize('name', golden.CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow)
+    for name in golden.CASES
+  ],
+)
 def test_golden(name, tmp_path):
   tensors, theirs = golden.read(name)
   ours, loaded = _logits(tmp_path / 'weights.safetensors', name, tensors)

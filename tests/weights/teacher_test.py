@@ -115,6 +115,7 @@ def test_what_does_not_fit_the_weights_is_refused(changes, message):
     teacher.load('resnet20', teacher.EMBEDDED, **changes)
 
 
+@pytest.mark.slow
 def test_the_embedded_teacher_is_as_good_as_the_readme_says():
   loaded = teacher.load('resnet20', teacher.EMBEDDED)
   assert loaded.class_names[9] == 'Ankle-boot'

@@ -1,16 +1,11 @@
-"""Quantization: the numbers, their gradients, and where quantizers go."""
+"""Fake quantization: its values, its gradients and the choice of steps."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clusterq_jax.layers import float_layers
-from clusterq_jax.models import registry
-from clusterq_jax.models.graph import Graph, Node, trace
-from clusterq_jax.quant import numerics, plan
-
-# --- Numerics ----------------------------------------------------------------
+from clusterq_jax.quant import numerics
 
 
 def _numpy_quant(x, step, low, high):
@@ -218,106 +213,3 @@ def test_all_zero_tensor():
   # One dead channel leaves the others alone.
   x = x.at[:, 1].set(jnp.arange(7.0))
   np.testing.assert_allclose(numerics.max_step(x, 3, (0,))[1], 2, rtol=1e-5)
-
-
-# --- Plan --------------------------------------------------------------------
-
-_STAGES = [(stage, block) for stage in (1, 2, 3) for block in (1, 2, 3)]
-_BITS = {'weights': 3, 'activations': 5, 'first': 6, 'last': 7}
-
-
-def _plan(placement, shortcut='pad'):
-  build = registry.builder('resnet20', num_classes=10, shortcut=shortcut)
-  bits = plan.Bits(**_BITS, placement=placement)
-  return plan.make_plan(trace(build), bits, learned=True, input_limit=2.54)
-
-
-def _paper_outputs():
-  outputs = {'input': (8, True), 'stem': (5, False), 'pool': (8, False)}
-  for stage, block in _STAGES:
-    outputs[f'stage{stage}_block{block}_conv1'] = (5, False)
-    outputs[f'stage{stage}_block{block}_add'] = (5, False)
-  # The last add feeds the pool only.
-  del outputs['stage3_block3_add']
-  return outputs
-
-
-def _found(decided):
-  return {name: (o.bits, o.signed) for name, o in decided.outputs}
-
-
-@pytest.mark.parametrize('shortcut', ['pad', 'conv'])
-def test_paper_placement(shortcut):
-  decided = _plan('paper', shortcut)
-  assert _found(decided) == _paper_outputs()
-  for unquantized in ('stage1_block1_conv2', 'stage3_block3_add', 'classifier'):
-    assert decided.output(unquantized) is None
-  assert decided.output('stem') == plan.Output(5, False)
-  assert decided.output('input').step == pytest.approx(2.54 / 127)
-
-
-@pytest.mark.parametrize('shortcut', ['pad', 'conv'])
-def test_integer_placement(shortcut):
-  expected = _paper_outputs()
-  for stage, block in _STAGES:
-    expected[f'stage{stage}_block{block}_conv2'] = (8, True)
-  expected['stage3_block3_add'] = (8, False)
-  if shortcut == 'conv':
-    expected['stage2_block1_shortcut'] = (8, True)
-    expected['stage3_block1_shortcut'] = (8, True)
-  found = _found(_plan('integer', shortcut))
-  assert found == expected
-  # Feeds a convolution and, as identity shortcut, an add: the narrow bits.
-  assert found['stage1_block1_add'] == (5, False)
-
-
-@pytest.mark.parametrize(('shortcut', 'count'), [('pad', 20), ('conv', 22)])
-def test_weight_bits(shortcut, count):
-  decided = _plan('paper', shortcut)
-  weights = dict(decided.weights)
-  assert len(decided.weights) == len(weights) == count
-  assert weights.pop('stem') == decided.weight_bits('stem') == 6
-  assert weights.pop('classifier') == 7
-  assert set(weights.values()) == {3}
-  assert ('stage2_block1_shortcut' in weights) == (shortcut == 'conv')
-
-
-def test_signs_follow_the_activation():
-  nodes = (
-    Node('image', 'input', ('x',)),
-    Node('linear', 'conv_bn', ('image',)),
-    Node('pad', 'pad_shortcut', ('linear',)),
-    Node('sum', 'add', ('pad', 'linear')),
-    Node('windows', 'avg_pool', ('sum',)),
-    Node('pool', 'global_avg_pool', ('windows',)),
-    Node('logits', 'dense', ('pool',)),
-  )
-  bits = plan.Bits(4, 4, 4, 4, 'integer')
-  assert _found(plan.make_plan(Graph(nodes), bits, False, 1.0)) == {
-    'image': (8, True),
-    'linear': (8, True),
-    'sum': (8, True),
-    'windows': (8, True),
-    'pool': (8, True),
-  }
-
-
-def test_plans_are_static():
-  assert _plan('paper') == _plan('paper')
-  assert hash(_plan('paper')) == hash(_plan('paper'))
-  assert _plan('paper') != _plan('integer')
-
-
-def test_weight_bytes():
-  build = registry.builder('resnet20', num_classes=10)
-  network = build(float_layers.layer_set())
-  params = jax.eval_shape(
-    network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
-  )['params']
-  stem, classifier = 3 * 16 * 9, 64 * 10
-  # Of He et al.'s 269,722 parameters 2 x 688 are gains and biases, 10 the
-  # classifier's biases.
-  others = 2 * 688 + 10
-  body = 269_722 - stem - classifier - others
-  bits = 6 * stem + 3 * body + 7 * classifier + 32 * others
-  assert plan.weight_bytes(params, _plan('paper')) == bits / 8

@@ -1,4 +1,4 @@
-"""The bricks, and the networks that are built from them."""
+"""The fake-quantized layers, alone and as a student beside its teacher."""
 
 import functools
 
@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from jax import lax
 
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import cifar_resnet as resnet
-from clusterq_jax.models import protocol, registry
-from clusterq_jax.models.graph import Node, trace
-from clusterq_jax.ops import channels, convolution
-from clusterq_jax.ops.moments import Moments, Statistics, batch_statistics
+from clusterq_jax.models.graph import trace
+from clusterq_jax.ops.moments import Statistics, batch_statistics
 from clusterq_jax.quant import plan, quantizers
+from tests.reference import conv_variables, numpy_batch_norm, numpy_conv
 
 # Whole networks run once here: what costs time is compiling them.
 _jit = functools.partial(
@@ -25,207 +22,7 @@ _jit = functools.partial(
     'xla_llvm_disable_expensive_passes': True,
   },
 )
-
-
-def _numpy_conv(x, kernel, strides, padding, groups=1):
-  """Sums over windows, in float64."""
-  x, kernel = np.float64(x), np.float64(kernel)
-  side, inputs, outputs = kernel.shape[0], kernel.shape[2], kernel.shape[3]
-  x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-  height = (x.shape[1] - side) // strides + 1
-  width = (x.shape[2] - side) // strides + 1
-  out = np.zeros((len(x), height, width, outputs))
-  for o in range(outputs):
-    group = o // (outputs // groups)
-    own = slice(group * inputs, (group + 1) * inputs)
-    for i, j in np.ndindex(height, width):
-      window = x[:, i * strides :, j * strides :, own][:, :side, :side]
-      out[:, i, j, o] = np.sum(window * kernel[..., o], (1, 2, 3))
-  return out
-
-
-# --- Convolution -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  ('size', 'side', 'strides', 'padding', 'groups'),
-  [
-    ((7, 5), 3, 1, 1, 1),
-    ((2, 9), 3, 1, 1, 1),
-    ((1, 1), 3, 1, 1, 1),
-    ((7, 5), 5, 1, 2, 1),
-    ((9, 8), 3, 1, 1, 1),
-    ((9, 8), 5, 1, 2, 1),
-    ((7, 5), 3, 1, 0, 1),
-    ((7, 5), 2, 1, 1, 1),
-    ((9, 8), 2, 1, 1, 1),
-    ((7, 5), 1, 1, 0, 1),
-    ((7, 5), 3, 2, 1, 1),
-    ((6, 5), 5, 2, 2, 1),
-    ((7, 6), 1, 2, 0, 1),
-    ((7, 5), 3, 1, 1, 2),
-    ((7, 5), 3, 2, 1, 4),
-    # Depthwise, of 8 channels.
-    ((7, 5), 3, 1, 1, 8),
-    ((8, 7), 3, 2, 1, 8),
-    ((9, 6), 5, 2, 0, 8),
-    # TensorFlow's padding: one more at the end, or none.
-    ((6, 7), 3, 2, 'same', 1),
-    ((7, 5), 3, 1, 'same', 1),
-    ((8, 7), 5, 2, 'same', 8),
-    ((5, 6), 1, 2, 'same', 1),
-  ],
-)
-def test_convolution(size, side, strides, padding, groups):
-  random = np.random.RandomState(0)
-  channels = max(4, groups)
-  x = random.randn(3, *size, channels).astype(np.float32)
-  kernel = random.randn(side, side, channels // groups, 8).astype(np.float32)
-  pads = 'SAME' if padding == 'same' else [(padding, padding)] * 2
-
-  def xla(x, kernel):
-    return lax.conv_general_dilated(
-      x,
-      kernel,
-      (strides, strides),
-      pads,
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      feature_group_count=groups,
-    )
-
-  def ours(x, kernel):
-    return convolution.conv2d(x, kernel, strides, padding, groups)
-
-  @jax.jit
-  def both(x, kernel, g):
-    def run(function):
-      value, pullback = jax.vjp(function, x, kernel)
-      return value, *pullback(g)
-
-    return run(ours), run(xla)
-
-  if padding == 'same':
-    expected = xla(x, kernel)
-  else:
-    expected = _numpy_conv(x, kernel, strides, padding, groups)
-  g = random.randn(*expected.shape).astype(np.float32)
-  found, reference = both(x, kernel, g)
-  np.testing.assert_allclose(found[0], expected, atol=1e-4)
-  np.testing.assert_allclose(found[1], reference[1], atol=1e-4)
-  np.testing.assert_allclose(found[2], reference[2], atol=2e-4)
-
-
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='for CPUs')
-def test_compiler_options(monkeypatch, tmp_path):
-  info = tmp_path / 'cpuinfo'
-  monkeypatch.setattr(convolution, '_CPU_INFO', info)
-  monkeypatch.setattr('platform.machine', lambda: 'x86_64')
-  x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
-  info.write_text('flags: avx2')
-  options = convolution.compiler_options()
-  info.write_text('flags: avx2 avx512f')
-  wide = convolution.compiler_options()
-  assert options.items() < wide.items()
-  # An option that XLA does not know is an error.
-  y = jax.jit(convolution.conv2d, compiler_options=wide)(x, kernel)
-  assert y[0, 4, 4, 0] == 36
-
-  monkeypatch.setattr('platform.machine', lambda: 'aarch64')
-  assert not convolution.compiler_options()
-
-
-@pytest.mark.parametrize(('groups', 'strides'), [(1, 1), (1, 2), (8, 1)])
-def test_convolution_in_bfloat16(groups, strides):
-  random = np.random.RandomState(0)
-  x = random.randn(3, 7, 6, 8).astype(np.float32)
-  kernel = random.randn(3, 3, 8 // groups, 8).astype(np.float32)
-  shape = jax.eval_shape(
-    lambda x, k: convolution.conv2d(x, k, strides, 1, groups), x, kernel
-  ).shape
-  g = random.randn(*shape).astype(np.float32)
-
-  def run(dtype, *arrays):
-    def function(x, kernel):
-      return convolution.conv2d(x, kernel, strides, 1, groups, dtype)
-
-    value, pullback = jax.vjp(function, *arrays[:2])
-    return value, *pullback(arrays[2])
-
-  def rounded(a):
-    return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
-
-  found = jax.jit(functools.partial(run, jnp.bfloat16))(x, kernel, g)
-  # Of the same rounded numbers, in float32.
-  expected = jax.jit(functools.partial(run, None))(
-    *map(rounded, (x, kernel, g))
-  )
-  for a, b in zip(found, expected, strict=True):
-    assert a.dtype == np.float32
-    np.testing.assert_allclose(a, b, rtol=2**-6, atol=0.03 * np.std(b))
-
-
-# --- One ConvBN --------------------------------------------------------------
-
-
-def _conv_variables(side, inputs, outputs):
-  random = np.random.RandomState(1)
-  shapes = {'scale': outputs, 'bias': outputs}
-  params = {k: random.randn(n).astype(np.float32) for k, n in shapes.items()}
-  kernel = random.randn(side, side, inputs, outputs).astype(np.float32)
-  stats = {
-    'mean': random.randn(outputs).astype(np.float32),
-    'var': (0.1 + random.rand(outputs)).astype(np.float32),
-  }
-  return {'params': {'kernel': kernel, **params}, 'batch_stats': stats}
-
-
-def _numpy_batch_norm(h, variables):
-  params, stats = variables['params'], variables['batch_stats']
-  x = (h - stats['mean']) / np.sqrt(stats['var'] + 1e-5)
-  return x * params['scale'] + params['bias']
-
-
-@pytest.fixture
-def image():
-  return np.random.RandomState(2).randn(3, 5, 7, 4).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-  ('side', 'strides', 'padding', 'act'),
-  [
-    (3, 1, None, None),
-    (3, 2, None, 'relu'),
-    (1, 2, None, None),
-    (3, 1, 0, None),
-  ],
-)
-def test_float_conv_bn(image, side, strides, padding, act):
-  layer = float_layers.ConvBN(6, side, strides, padding, act=act, tap=True)
-  variables = _conv_variables(side, 4, 6)
-  y, state = layer.apply(variables, image, mutable=['moments'])
-  pad = side // 2 if padding is None else padding
-  h = _numpy_conv(image, variables['params']['kernel'], strides, pad)
-  expected = _numpy_batch_norm(h, variables)
-  expected = np.maximum(expected, 0) if act else expected
-  np.testing.assert_allclose(y, expected, atol=1e-4)
-  # What is recorded is the input of BatchNorm.
-  moments = state['moments']['input']
-  assert isinstance(moments, Moments)
-  np.testing.assert_allclose(moments.mean, h.mean((1, 2)), atol=1e-4)
-  np.testing.assert_allclose(moments.var, h.var((1, 2)), rtol=1e-3, atol=1e-4)
-
-
-def test_pretraining_moves_the_statistics(image):
-  layer = float_layers.ConvBN(6, 3, train=True)
-  variables = _conv_variables(3, 4, 6)
-  y, state = layer.apply(variables, image, mutable=['batch_stats'])
-  h = _numpy_conv(image, variables['params']['kernel'], 1, 1)
-  batch = {'mean': h.mean((0, 1, 2)), 'var': h.var((0, 1, 2))}
-  expected = _numpy_batch_norm(h, {**variables, 'batch_stats': batch})
-  np.testing.assert_allclose(y, expected, atol=1e-3)
-  for key, new in batch.items():
-    moved = 0.9 * variables['batch_stats'][key] + 0.1 * new
-    np.testing.assert_allclose(state['batch_stats'][key], moved, rtol=1e-3)
+# --- One layer ---------------------------------------------------------------
 
 
 def _quant_conv(**modes):
@@ -240,7 +37,7 @@ def _quant_conv(**modes):
 
 
 def test_quantized_conv_by_hand(image):
-  variables = _conv_variables(1, 4, 6)
+  variables = conv_variables(1, 4, 6)
   step = 0.25
 
   def apply(params):
@@ -258,7 +55,7 @@ def test_quantized_conv_by_hand(image):
   kernel = np.float64(variables['params']['kernel'])
   scale = np.abs(kernel).max((0, 1, 2)) / 3
   kernel = np.round(kernel / scale) * scale
-  h = _numpy_batch_norm(_numpy_conv(image, kernel, 1, 0), variables)
+  h = numpy_batch_norm(numpy_conv(image, kernel, 1, 0), variables)
   codes = np.clip(np.round(h / step), 0, 15)
   # A value on the edge between two codes may fall to either.
   edge = np.abs(h / step % 1 - 0.5) < 1e-3
@@ -278,7 +75,7 @@ def test_quantized_conv_by_hand(image):
 
 
 def test_calibration_replaces_the_step(image):
-  variables = _conv_variables(1, 4, 6)
+  variables = conv_variables(1, 4, 6)
   before = {**variables, 'quant': {'output': jnp.log(0.25)}}
   y, state = _quant_conv().apply(before, image, mutable=['quant'])
   assert state['quant']['output'] == before['quant']['output']
@@ -289,7 +86,7 @@ def test_calibration_replaces_the_step(image):
 
 
 def test_calibration_corrects_batch_norm(image):
-  variables = _conv_variables(1, 4, 6)
+  variables = conv_variables(1, 4, 6)
   wanted = Statistics(
     variables['batch_stats']['mean'], jnp.sqrt(variables['batch_stats']['var'])
   )
@@ -304,37 +101,15 @@ def test_calibration_corrects_batch_norm(image):
   np.testing.assert_array_equal(params['kernel'], variables['params']['kernel'])
   kernel = np.float64(params['kernel'])
   step = np.abs(kernel).max((0, 1, 2)) / 3
-  h = _numpy_conv(image, np.round(kernel / step) * step, 1, 0)
+  h = numpy_conv(image, np.round(kernel / step) * step, 1, 0)
   before = variables['params']
   ratio = np.clip(wanted.std / h.std((0, 1, 2)), 0.5, 2)
   np.testing.assert_allclose(
     params['scale'], before['scale'] * ratio, rtol=1e-3
   )
   # Its mean is now the wanted one, which gives the BatchNorm's bias.
-  out = _numpy_batch_norm(h, {**variables, 'params': params})
+  out = numpy_batch_norm(h, {**variables, 'params': params})
   np.testing.assert_allclose(out.mean((0, 1, 2)), before['bias'], atol=1e-3)
-
-
-@pytest.mark.parametrize(('channels', 'features'), [(2, 4), (3, 6), (1, 4)])
-def test_pad_shortcut(channels, features):
-  x = np.random.RandomState(0).randn(2, 5, 4, channels).astype(np.float32)
-  y = np.asarray(float_layers.pad_channels(x, features, 2))
-  assert y.shape == (2, 3, 2, features)
-  before = (features - channels) // 2
-  np.testing.assert_array_equal(
-    y[..., before : before + channels], x[:, ::2, ::2]
-  )
-  assert np.count_nonzero(y) == x[:, ::2, ::2].size
-
-
-@pytest.mark.parametrize(('kernel', 'strides'), [(2, 2), (3, 2), (4, 1)])
-def test_avg_pool(image, kernel, strides):
-  y = float_layers.avg_pool(image, kernel, strides)
-  windows = np.lib.stride_tricks.sliding_window_view(
-    np.float64(image), (kernel, kernel), (1, 2)
-  )
-  expected = windows[:, ::strides, ::strides].mean((-1, -2))
-  np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
 def test_avg_pool_has_a_quantizer(image):
@@ -345,101 +120,6 @@ def test_avg_pool_has_a_quantizer(image):
   codes = np.asarray(float_layers.avg_pool(image, 2, 2)) / 0.25
   np.testing.assert_allclose(y, 0.25 * np.round(codes), atol=1e-6)
   assert np.ptp(np.round(codes)) > 4
-
-
-@pytest.mark.parametrize('quantized', [False, True])
-def test_dense_flattens_as_torch(image, quantized):
-  kernel = np.random.RandomState(0).randn(5 * 7 * 4, 3).astype(np.float32)
-  layers = float_layers.layer_set()
-  if quantized:
-    layers = fake_quant.layer_set(plan.Plan((('last', 8),), (), False))
-  params = {'kernel': kernel, 'bias': np.zeros(3, np.float32)}
-  y = layers.dense(3, name='last').apply({'params': params}, image)
-  expected = image.transpose(0, 3, 1, 2).reshape(3, -1) @ kernel
-  np.testing.assert_allclose(y, expected, atol=0.5 if quantized else 1e-4)
-
-
-# --- Wiring ------------------------------------------------------------------
-
-
-def _forward_order(blocks, shortcut):
-  """BatchNorm layers as He et al. 2015 lay them out, written out again."""
-  names = ['stem']
-  for stage in (1, 2, 3):
-    for block in range(1, blocks + 1):
-      name = f'stage{stage}_block{block}'
-      names += [f'{name}_conv1', f'{name}_conv2']
-      if shortcut == 'conv' and stage > 1 and block == 1:
-        names.append(f'{name}_shortcut')
-  return names
-
-
-@pytest.mark.parametrize(
-  ('arch', 'blocks', 'shortcut'),
-  [
-    ('resnet20', 3, 'conv'),
-    ('resnet110', 18, 'pad'),
-    ('resnet110', 18, 'conv'),
-  ],
-)
-def test_moments_come_in_forward_order(arch, blocks, shortcut):
-  build = registry.builder(arch, num_classes=10, shortcut=shortcut)
-  graph = trace(build)
-  names = _forward_order(blocks, shortcut)
-  assert list(graph.batch_norms) == names
-  assert list(graph.weighted) == [*names, 'classifier']
-  moments = {n: {'input': jnp.full(1, i)} for i, n in enumerate(names)}
-  moments = jax.tree.map(lambda a: a, moments)  # as Flax, which sorts keys
-  assert blocks < 10 or list(moments) != names
-  found = float_layers.ordered_moments({'moments': moments}, graph)
-  np.testing.assert_array_equal(jnp.concatenate(found), np.arange(len(names)))
-
-
-def test_graph_order_is_the_order_of_execution():
-  build = registry.builder('resnet32', num_classes=10, shortcut='conv')
-  called = []
-
-  def interceptor(call, args, kwargs, context):
-    if context.method_name == '__call__':
-      called.append(context.module.name)
-    return call(*args, **kwargs)
-
-  network = build(float_layers.layer_set(tap=True))
-  with nn.intercept_methods(interceptor):
-    variables = jax.eval_shape(
-      network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
-    )
-  graph = trace(build)
-  layers = [name for name in called if name in variables['params']]
-  assert layers == list(graph.weighted)
-  assert set(graph.batch_norms) == set(variables['moments'])
-
-
-def test_wiring_of_a_block():
-  graph = trace(registry.builder('resnet20', num_classes=10))
-  nodes = {node.name: node for node in graph.nodes}
-  assert nodes['stage2_block1_add'] == Node(
-    'stage2_block1_add',
-    'add',
-    ('stage2_block1_shortcut', 'stage2_block1_conv2'),
-    'relu',
-  )
-  assert nodes['stage2_block1_shortcut'].op == 'pad_shortcut'
-  consumers = {node.name for node in graph.consumers('stage1_block1_add')}
-  assert consumers == {'stage1_block2_conv1', 'stage1_block2_add'}
-
-
-def test_two_layers_of_one_name():
-  class Twice(nn.Module):
-    layers: protocol.LayerSet
-
-    @nn.compact
-    def __call__(self, x):
-      x = self.layers.conv_bn(4, 3, name='conv')(x)
-      return self.layers.conv_bn(4, 3, name='conv')(x)
-
-  with pytest.raises(ValueError, match="two layers are called 'conv'"):
-    trace(Twice)
 
 
 # --- Teacher and student -----------------------------------------------------
@@ -582,6 +262,7 @@ def test_at_4_bits_the_student_is_farther_off():
   assert 0.05 < _distance(logits, pair.logits) < 0.5
 
 
+@pytest.mark.slow
 def test_at_3_bits_a_corrected_student_is_nearer():
   pair = _pair()
   decided = pair.plan(3)
@@ -671,19 +352,3 @@ def test_gradients_reach_every_weight_and_step():
   for path, leaf in jax.tree_util.tree_leaves_with_path((to_params, to_quant)):
     assert np.all(np.isfinite(leaf)), path
     assert np.abs(leaf).max() > 1e-6, path
-
-
-@pytest.mark.parametrize('shape', [(5, 7, 6, 3), (2, 1, 1, 8)])
-def test_scale_and_shift(shape):
-  random = np.random.RandomState(0)
-  x, g = random.randn(2, *shape).astype(np.float32)
-  gain, shift = random.randn(2, shape[-1]).astype(np.float32)
-
-  def both(function):
-    y, gradients = jax.vjp(function, x, gain, shift)
-    return y, *gradients(g)
-
-  found = both(channels.scale_and_shift)
-  for a, b in zip(found, both(lambda x, a, b: x * a + b), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(channels.total(g), g.sum((0, 1, 2)), atol=1e-5)
