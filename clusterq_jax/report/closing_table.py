@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The table that every mode prints at its end."""
 
 import pathlib
 from typing import Any
