@@ -66,7 +66,8 @@ modes
              (the default)
   evaluate   measures teacher and student on labelled images
   export     writes the integer ONNX file and what tests it
-  report     writes report.html: curves, images, errors layer by layer
+  report     writes report.html: curves, images, errors layer by layer; needs
+             pip install 'clusterq-jax[report]'
   dryrun     compiles every step for a TPU that is not there
 
 flags

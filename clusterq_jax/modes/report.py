@@ -20,7 +20,6 @@ from clusterq_jax.runtime import session as experiment
 from clusterq_jax.runtime import workdir as workdir_lib
 from clusterq_jax.weights.teacher import Teacher
 
-_PACKAGES = ('matplotlib', 'jinja2')
 _SMALL = 64 * 64  # pixels of an image; more images of at most this size
 # Smallest share of a synthetic batch that the shown classes take. The batch
 # statistics of the generator would differ if a few of 1,000 classes took all.
@@ -47,11 +46,11 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       holds no run or one with another config, or the images do not fit.
   """
   config_lib.validate(config)
-  for package in _PACKAGES:
+  for package in ('matplotlib', 'jinja2'):
     if importlib.util.find_spec(package) is None:
       raise InputError(
-        f'--mode=report: the package {package} is not installed; expected the '
-        "report extra: pip install 'clusterq-jax[report]'"
+        f'--mode=report needs the package {package}: pip install '
+        "'clusterq-jax[report]'"
       )
   from clusterq_jax.report import page  # its packages are optional
 
@@ -66,17 +65,12 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   real = experiment.load_images(config, teacher)
   steps = experiment.make_steps(config, teacher)
   shown = np.arange(min(teacher.num_classes, page.MOST_CLASSES))
-  height, width, _ = teacher.preprocessing.shape
-  per_class = 40 if height * width <= _SMALL else 8
   with workdir_lib.open_workdir(config, workdir) as folder:
-    state, images = _newest_state(folder, steps, teacher), {}
-    if state is not None:
-      images['synthetic'] = page.Images(
-        *_synthetic(steps, state, config.seed, shown, per_class)
-      )
-    found = None if real is None else _real(real, shown, per_class)
-    if found is not None:
-      images['real'] = page.Images(*found)
+    state = _newest_state(folder, steps, teacher)
+    images = {
+      kind: page.Images(*found)
+      for kind, found in _images(config, steps, state, real, shown).items()
+    }
     lines = metrics.read(folder / 'metrics.jsonl')
     results = workdir_lib.read_results(folder)
     written = tensorboard.write_events(folder / 'tensorboard', lines, results)
@@ -106,9 +100,34 @@ def _newest_state(
   return restored[0] if restored else None
 
 
+_Labelled = tuple[np.ndarray, np.ndarray]  # uint8 [N, H, W, C]; classes [N]
+
+
+def _images(
+  config: ml_collections.ConfigDict,
+  steps: Steps,
+  state: TrainState | None,
+  real: data.Images | None,
+  shown: np.ndarray,
+) -> dict[str, _Labelled]:
+  """Returns images of the shown classes, 'synthetic' before 'real'."""
+  height, width, _ = steps.preprocessing.shape
+  per_class = 40 if height * width <= _SMALL else 8
+  images = {}
+  if state is not None:
+    images['synthetic'] = _synthetic(
+      steps, state, config.seed, shown, per_class
+    )
+  if real is not None:
+    found = _real(real, shown, per_class)
+    if found is not None:
+      images['real'] = found
+  return images
+
+
 def _synthetic(
   steps: Steps, state: TrainState, seed: int, shown: np.ndarray, per_class: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> _Labelled:
   """Returns new images of the newest generator and their classes.
 
   Args:
@@ -117,9 +136,6 @@ def _synthetic(
     seed: seed of the images.
     shown: classes to draw, which take turns.
     per_class: images of each class.
-
-  Returns:
-    Images, uint8 [N, H, W, C], and classes, int [N].
   """
   random = np.random.RandomState(seed)
   others = np.setdiff1d(np.arange(steps.num_classes), shown)
@@ -141,16 +157,13 @@ def _synthetic(
 
 def _real(
   real: data.Images, shown: np.ndarray, per_class: int
-) -> tuple[np.ndarray, np.ndarray] | None:
+) -> _Labelled | None:
   """Returns the first images of each class; None if all are unreadable.
 
   Args:
     real: labelled images.
     shown: classes to take.
     per_class: largest number of images of a class.
-
-  Returns:
-    Images, uint8 [N, H, W, C], and classes, int [N].
   """
   rows = np.concatenate(
     [np.flatnonzero(real.labels == k)[:per_class] for k in shown]

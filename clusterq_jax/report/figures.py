@@ -282,7 +282,7 @@ def scatter(
 
 @_styled
 def heat_map(
-  title: str, values: np.ndarray, largest: float, names: Sequence[int]
+  title: str, values: np.ndarray, largest: float, names: np.ndarray
 ) -> str:
   """Draws a small symmetric matrix whose diagonal is zero.
 
@@ -290,7 +290,7 @@ def heat_map(
     title: text above the chart, unlike that of any other figure of the page.
     values: [K, K], not negative.
     largest: the value of the darkest colour.
-    names: class numbers of rows and columns, [K].
+    names: class numbers of rows and columns, int [K].
   """
   figure, axes = _figure(title, (THIRD, THIRD + 14), (36, 4, 22, 32))
   size = len(values)

@@ -27,7 +27,7 @@ from clusterq_jax import config as config_lib
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.method.steps import Steps
-from clusterq_jax.report import closing_table, diagnostics, figures
+from clusterq_jax.report import closing_table, diagnostics, figures, quantities
 from clusterq_jax.runtime import bucket, samples
 from clusterq_jax.runtime import workdir as workdir_lib
 from clusterq_jax.weights.teacher import Teacher
@@ -38,97 +38,6 @@ _COLUMNS = 8  # images of a class in the grid
 _STRIP = 64  # largest height of an image in the grid, pixels
 _NUMBER = re.compile(r'[-+]?\d+(\.\d+)?')
 _Features = dict[str, dict[str, np.ndarray]]  # [N, C] by kind and layer
-
-
-class Quantity(NamedTuple):
-  """Describes a quantity of metrics.jsonl.
-
-  Attributes:
-    title: its name in words.
-    unit: label of its axis.
-    meaning: one sentence.
-  """
-
-  title: str
-  unit: str
-  meaning: str
-
-
-_SHARE = '% of the batch'
-_SUM = 'weighted sum'
-_DISTANCE = 'squared distance'
-QUANTITIES = {
-  'generator/accuracy': Quantity(
-    'Generator: teacher accuracy',
-    _SHARE,
-    'Share of synthetic images that the teacher assigns to the requested '
-    'class.',
-  ),
-  'generator/diversity': Quantity(
-    'Generator: diversity loss',
-    _DISTANCE,
-    'Distance between class statistics and centroids with noise (eq. 6). It '
-    'keeps the images of a class different from each other.',
-  ),
-  'generator/inception': Quantity(
-    'Generator: inception loss',
-    'nats',
-    "Cross-entropy between the teacher's prediction and the requested class "
-    '(eq. 8).',
-  ),
-  'generator/loss': Quantity(
-    'Generator: total loss',
-    _SUM,
-    'Weighted sum of the losses that the generator minimises. It includes the '
-    'class terms after the warm-up.',
-  ),
-  'generator/sfda': Quantity(
-    'Generator: SFDA loss',
-    _DISTANCE,
-    'Distance between class statistics and the centroids of their class '
-    '(eq. 4).',
-  ),
-  'generator/statistics': Quantity(
-    'Generator: statistics loss',
-    _DISTANCE,
-    'Distance between the statistics of the batch and those stored in the '
-    "teacher's BatchNorms (eq. 9).",
-  ),
-  'procedural/loss': Quantity(
-    'Procedural images: loss',
-    _DISTANCE,
-    'Statistics loss (eq. 9) of images that are optimised without a '
-    'generator, averaged over a batch.',
-  ),
-  'student/agreement': Quantity(
-    'Student: agreement',
-    _SHARE,
-    'Share of images for which student and teacher predict the same class.',
-  ),
-  'student/cross_entropy': Quantity(
-    'Student: cross-entropy',
-    'nats',
-    "Cross-entropy between the student's prediction and the class of the "
-    'image (eq. 11).',
-  ),
-  'student/distillation': Quantity(
-    'Student: distillation loss',
-    'nats',
-    "Kullback-Leibler divergence between the teacher's and the student's "
-    'predictions (eq. 13).',
-  ),
-  'student/features': Quantity(
-    'Student: features loss',
-    'relative squared error',
-    "Squared error of the student's layer outputs, relative to the mean "
-    "square of the teacher's.",
-  ),
-  'student/loss': Quantity(
-    'Student: total loss',
-    _SUM,
-    'Weighted sum of the losses that the student minimises.',
-  ),
-}
 
 
 class Images(NamedTuple):
@@ -243,8 +152,8 @@ def _metrics(run: Run) -> list[tuple[str, str, str]]:
   for key in sorted({key for line in run.lines for key in line} - {'step'}):
     points = [(line['step'], line[key]) for line in run.lines if key in line]
     x, y = zip(*points, strict=True)
-    title, unit, meaning = QUANTITIES.get(key, Quantity(key, key, ''))
-    scale = 100 if unit == _SHARE else 1
+    title, unit, meaning = quantities.describe(key)
+    scale = 100 if unit == quantities.SHARE else 1
     log = scale == 1 and min(y) > 0 and max(y) > 20 * min(y)
     chart = figures.curves(
       title,
