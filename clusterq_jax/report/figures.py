@@ -196,7 +196,7 @@ def _log_ticks(axes: Axes) -> None:
   axes.yaxis.set_major_locator(LogLocator(subs=steps))
   axes.yaxis.set_minor_locator(NullLocator())
   # The default writes powers of ten as math, which is off here.
-  axes.yaxis.set_major_formatter(StrMethodFormatter('{x:.4g}'))
+  axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
 
 
 def _mark(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:

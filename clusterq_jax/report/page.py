@@ -261,7 +261,7 @@ def _separation(run: Run, features: _Features) -> dict[str, list[str]]:
     largest = max(found.distances.max() for found in apart)
     maps = [
       figures.heat_map(
-        f'Layer {place}: {names[place - 1]}', found.distances, largest, seen
+        f'BatchNorm {place}: {names[place - 1]}', found.distances, largest, seen
       )
       for place, found in zip(semantic, apart, strict=True)
     ]
@@ -269,7 +269,7 @@ def _separation(run: Run, features: _Features) -> dict[str, list[str]]:
   chart = figures.curves(
     'Distance between classes, relative to the spread within a class',
     lines,
-    'layer in forward order; the last one is the input of the classifier',
+    'BatchNorm in forward order; the last point is the classifier input',
     'ratio',
     width=figures.WIDE,
   )

@@ -106,7 +106,7 @@ def test_names_from_files_never_become_markup(make_run, tmp_path):
   # of images: everywhere the whole name.
   assert lines.count(_HOSTILE) == 5
   assert f'1 {_HOSTILE}' in lines  # the key of the features
-  assert f'Layer 2: {_HOSTILE}' in lines
+  assert f'BatchNorm 2: {_HOSTILE}' in lines
   assert any(f'Network {_HOSTILE};' in line for line in lines)
 
 
