@@ -20,9 +20,8 @@ from ml_collections import config_flags
 from clusterq_jax import command_line, sharding
 from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.modes import dryrun, export, train
-from clusterq_jax.report import closing_table as report
-from clusterq_jax.report import page as html_report
+from clusterq_jax.modes import dryrun, export, report, train
+from clusterq_jax.report import closing_table
 from clusterq_jax.runtime.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,7 +34,7 @@ _MODES = {
   'quantize': train.quantize,
   'evaluate': train.evaluate,
   'export': export.export,
-  'report': html_report.write,
+  'report': report.report,
 }
 _MODE = flags.DEFINE_enum(
   'mode', 'quantize', [*_MODES, 'dryrun'], 'What to do.'
@@ -67,7 +66,8 @@ modes
              (the default)
   evaluate   measures teacher and student on labelled images
   export     writes the integer ONNX file and what tests it
-  report     writes report.html: curves, images, errors layer by layer
+  report     writes report.html: curves, images, errors layer by layer; needs
+             pip install 'clusterq-jax[report]'
   dryrun     compiles every step for a TPU that is not there
 
 flags
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     if sharding.is_lead() or _MODE.value == 'quantize':
       results = _MODES[_MODE.value](config, workdir)
     if sharding.is_lead():
-      print(report.closing_table(results, config, workdir))
+      print(closing_table.closing_table(results, config, workdir))
   except Preempted as e:
     print(e, file=sys.stderr)
     return 0

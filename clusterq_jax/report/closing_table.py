@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The table that every mode prints at its end."""
 
 import pathlib
 from typing import Any
@@ -16,67 +16,42 @@ _FILES = (
 )
 
 
-def _percent(value: float | None) -> str:
-  return 'no real images given' if value is None else f'{value:.2f} %'
+_Rows = list[tuple[str, str]]
 
 
 def closing_table(
   results: dict[str, Any], config: ml_collections.ConfigDict, workdir: str
 ) -> str:
-  """The rows of `closing_rows`, aligned."""
+  """Returns the rows of `closing_rows` as aligned text.
+
+  Args:
+    results: content of results.json.
+    config: config of the run.
+    workdir: folder or URL of the run.
+  """
   return '\n' + metrics.table(closing_rows(results, config, workdir))
 
 
 def closing_rows(
   results: dict[str, Any], config: ml_collections.ConfigDict, workdir: str
-) -> list[tuple[str, str]]:
-  """What the user cares about, and where the files are.
+) -> _Rows:
+  """Lists the main results of a run and where its files are.
 
   Args:
-    results: as in results.json, or what `html_report.write` made of it.
-    config: of the run.
-    workdir: of the run.
+    results: content of results.json, or what `modes.report.report` returns.
+    config: config of the run.
+    workdir: folder or URL of the run.
 
   Returns:
-    Names and values; the name '' goes on with the row before.
+    Names and values. A row with the name '' continues the row before it.
   """
   if 'unfinished' in results:
-    rest = 'the same command with --mode=quantize goes on from there'
+    rest = 'the same command with --mode=quantize resumes the run'
     return [
       ('not finished', f'{results["unfinished"]}; {rest}'),
       *_reported(results, workdir),
     ]
-  teacher, student = results.get('teacher', {}), results.get('student', {})
-  rows = []
-  if results.get('images'):
-    rows.append(('images', _images(results['images'])))
-  rows.append(('teacher top-1', _percent(teacher.get('top1'))))
-  top1 = student.get('top1')
-  if top1 is not None and teacher.get('top1') is not None:
-    rows += [
-      (
-        'student top-1',
-        f'{top1:.2f} % ({top1 - teacher["top1"]:+.2f}, {student["n"]} images)',
-      ),
-      ('agreement with teacher', _percent(student.get('agreement'))),
-    ]
-  deployed = results.get('deployed', {})
-  if deployed.get('top1') is not None:
-    rows.append(
-      (
-        'deployed top-1',
-        f'{deployed["top1"]:.2f} % (agrees with the student on '
-        f'{deployed["agreement"]:.2f} % of {deployed["n"]} images)',
-      )
-    )
-  if results.get('earlier'):
-    rows.append(
-      (
-        'on other images',
-        f'results.json, `earlier`: figures on {len(results["earlier"])} other '
-        'set(s) of images',
-      )
-    )
+  rows = _accuracies(results)
   if 'synthetic' in results:
     synthetic = results['synthetic']
     rows.append(
@@ -88,26 +63,7 @@ def closing_rows(
   if 'forecast' in results:
     rows.append(('forecast of the drop', _forecast(results['forecast'])))
   if 'bits' in results:
-    bits, size = results['bits'], results['size']
-    before, after = size['teacher_bytes'], size['student_bytes']
-    rows += [
-      (
-        'bits',
-        f'W{bits["weights"]}A{bits["activations"]}, first and last weights '
-        f'{bits["first"]} and {bits["last"]}, {bits["placement"]} placement',
-      ),
-      (
-        'weights',
-        f'{before / 1e6:.2f} MB float32 -> {after / 1e6:.2f} MB '
-        f'(x{before / after:.1f} smaller)',
-      ),
-      (
-        'training time',
-        f'{results["wall_s"]:.0f} s, of which compilation '
-        f'{results["compile_s"]:.0f} s; peak memory '
-        f'{results["peak_rss_mb"] / 1e3:.1f} GB',
-      ),
-    ]
+    rows += _cost(results)
   files = _present(workdir, finished='bits' in results)
   if files:
     rows.append(('files', f'{workdir}: {", ".join(files)}'))
@@ -124,28 +80,88 @@ def closing_rows(
   return rows
 
 
-def _images(images: dict[str, Any]) -> str:
-  name = images['path'] or images['source']
-  return f'{name} ({images["n"]:,})'
+def _percent(value: float | None) -> str:
+  return 'no real images given' if value is None else f'{value:.2f} %'
+
+
+def _accuracies(results: dict[str, Any]) -> _Rows:
+  """Lists the accuracies on real images."""
+  teacher, student = results.get('teacher', {}), results.get('student', {})
+  rows = []
+  if images := results.get('images'):
+    name = images['path'] or images['source']
+    rows.append(('images', f'{name} ({images["n"]:,})'))
+  rows.append(('teacher top-1', _percent(teacher.get('top1'))))
+  top1 = student.get('top1')
+  if top1 is not None and teacher.get('top1') is not None:
+    rows += [
+      (
+        'student top-1',
+        f'{top1:.2f} % ({top1 - teacher["top1"]:+.2f} points, '
+        f'{student["n"]} images)',
+      ),
+      ('agreement with teacher', _percent(student.get('agreement'))),
+    ]
+  deployed = results.get('deployed', {})
+  if deployed.get('top1') is not None:
+    rows.append(
+      (
+        'deployed top-1',
+        f'{deployed["top1"]:.2f} % (agrees with the student on '
+        f'{deployed["agreement"]:.2f} % of {deployed["n"]} images)',
+      )
+    )
+  if results.get('earlier'):
+    rows.append(
+      (
+        'on other images',
+        '`earlier` in results.json holds the accuracies on '
+        f'{len(results["earlier"])} other set(s) of images',
+      )
+    )
+  return rows
+
+
+def _cost(results: dict[str, Any]) -> _Rows:
+  """Lists bit widths, sizes, time and memory."""
+  bits, size = results['bits'], results['size']
+  before, after = size['teacher_bytes'], size['student_bytes']
+  return [
+    (
+      'bits',
+      f'W{bits["weights"]}A{bits["activations"]}, first and last weights '
+      f'{bits["first"]} and {bits["last"]}, {bits["placement"]} placement',
+    ),
+    (
+      'weights',
+      f'{before / 1e6:.2f} MB float32 -> {after / 1e6:.2f} MB '
+      f'(x{before / after:.1f} smaller)',
+    ),
+    (
+      'training time',
+      f'{results["wall_s"]:.0f} s, including {results["compile_s"]:.0f} s of '
+      f'compilation; peak memory {results["peak_rss_mb"] / 1e3:.1f} GB',
+    ),
+  ]
 
 
 def _present(workdir: str, finished: bool) -> list[str]:
-  """Those of a run's files that are there; in a bucket, that should be."""
+  """Returns the files of a run that exist; in a bucket, the expected ones."""
   if '://' in workdir:
     return list(_FILES) if finished else ['results.json']
   folder = pathlib.Path(workdir)
   return [name for name in _FILES if (folder / name).exists()]
 
 
-def _reported(results: dict[str, Any], workdir: str) -> list[tuple[str, str]]:
-  """What --mode=report has written."""
+def _reported(results: dict[str, Any], workdir: str) -> _Rows:
+  """Lists what --mode=report has written."""
   if 'report' not in results:
     return []
   rows = [('report', f'{workdir}/report.html')]
   if results['report']['events']:
     rows.append(('for TensorBoard', f'tensorboard --logdir={workdir}'))
   else:
-    rows.append(('for TensorBoard', 'nothing yet: pip install tensorboardX'))
+    rows.append(('for TensorBoard', 'no event file: pip install tensorboardX'))
   return rows
 
 
@@ -153,16 +169,18 @@ def _forecast(drop: dict[str, float] | None) -> str:
   count = len(forecast.coefficients()['networks'])
   if drop is None:
     return (
-      'none: further from the teacher than any student of the '
-      f'{count} networks it was fitted on'
+      'none: the student is further from the teacher than any student of the '
+      f'{count} networks in the fit'
     )
   return (
     f'{drop["drop"]:.1f} points, {drop["low"]:.1f} to {drop["high"]:.1f} for 9 '
-    f'of 10 networks like the {count} it was fitted on: a hint, no measurement'
+    f'of 10 networks like the {count} in the fit; an estimate, not a '
+    'measurement'
   )
 
 
-def _exported(export: dict[str, Any]) -> list[tuple[str, str]]:
+def _exported(export: dict[str, Any]) -> _Rows:
+  """Lists what --mode=export has written."""
   sizes = export['bytes']
   small, large = sizes['integer.onnx'], sizes['float32.onnx']
   return [

@@ -1,7 +1,7 @@
-"""What shows how a run went: features, classes apart, errors layer by layer.
+"""Measures a run: features, class separation, quantization errors, latency.
 
-Numbers only; `html_report` draws them. What a layer sees or gives is read off
-the layer sets by intercepting their methods: no layer knows of this module.
+The functions return numbers; page.py draws them. They intercept methods of the
+layers to read inputs and outputs, so the layers do not depend on this module.
 
 Shapes: N images, K classes, C_l channels of layer l.
 """
@@ -25,12 +25,12 @@ from clusterq_jax.method.centroids import RawMoments
 from clusterq_jax.quant import quantizers
 from clusterq_jax.weights.teacher import Teacher
 
-_PIXELS = 2**19  # per forward pass: 512 images of 32 x 32, 10 of 224 x 224
-_TIMING_S = 1.0  # per file
+_PIXELS = 2**19  # in a forward pass: 512 images of 32 x 32, 10 of 224 x 224
+_TIMING_S = 1.0  # seconds of timing for each file
 
 
 def batch_size(shape: Sequence[int]) -> int:
-  """Images per forward pass, of images [N, H, W, C]."""
+  """Returns the number of images [N, H, W, C] in a forward pass."""
   _, height, width, _ = shape
   return max(1, _PIXELS // (height * width))
 
@@ -38,15 +38,18 @@ def batch_size(shape: Sequence[int]) -> int:
 def pooled_features(
   teacher: Teacher, images: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Teacher features averaged over space, as class statistics see them.
+  """Computes the teacher's features, averaged over space.
+
+  Class statistics use the same averages.
 
   Args:
-    teacher: the network.
+    teacher: network to run.
     images: uint8 [N, H, W, C].
 
   Returns:
-    By layer, in forward order, the means of every BatchNorm's input and the
-    input of the classifier, [N, C_l]; and the teacher's answers, int [N].
+    Features by layer in forward order, [N, C_l]: the mean input of each
+    BatchNorm, then the input of the classifier. The second item holds the
+    predicted classes, int [N].
   """
   graph = teacher.graph
   network = teacher.build(float_layers.layer_set(tap=True))
@@ -57,7 +60,8 @@ def pooled_features(
     seen = {}
 
     def note(call, args, kwargs, context):
-      if context.module.name == classifier:
+      name = context.module.name
+      if name == classifier and context.method_name == '__call__':
         seen[classifier] = float_layers.flatten(args[0])
       return call(*args, **kwargs)
 
@@ -79,20 +83,20 @@ def pooled_features(
     found = jax.device_get(forward(teacher.variables, padded))
     parts.append(jax.tree.map(lambda a: a[: len(batch)], found))  # noqa: B023
   features, answers = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-  # A dict that went through jit has sorted keys.
+  # jit returns dicts with sorted keys.
   order = (*graph.batch_norms, classifier)
   return {name: features[name] for name in order}, answers
 
 
 class Separation(NamedTuple):
-  """How far apart classes are at one layer.
+  """Distances between classes at one layer.
 
-  The unit is the spread within a class: the root of the mean squared distance
-  of an image to the mean of its class.
+  The unit is the spread within a class: the root mean square distance of an
+  image to the mean of its class.
 
   Attributes:
-    distances: Euclidean, between the means of two classes, [K, K].
-    ratio: the root of their mean square, over pairs of classes.
+    distances: Euclidean distances between the means of two classes, [K, K].
+    ratio: root mean square of the distances over all pairs of classes.
   """
 
   distances: np.ndarray
@@ -102,10 +106,17 @@ class Separation(NamedTuple):
 def _separation(
   mean: np.ndarray, var: np.ndarray, noise: np.ndarray
 ) -> Separation:
-  """Of means and variances [K, C]; noise: variance of the means' error [K]."""
+  """Computes the separation of classes from their moments.
+
+  Args:
+    mean: [K, C].
+    var: variances within a class, [K, C].
+    noise: variances of the error of the means, summed over channels, [K].
+  """
   unit = max(float(var.sum(-1).mean()), 1e-12)
   squared = np.square(mean[:, None] - mean[None]).sum(-1) / unit
   pairs = squared[np.triu_indices(len(mean), 1)]
+  # Errors of two means add to each squared distance.
   between = pairs.mean() - 2 * noise.mean() / unit
   return Separation(np.sqrt(squared), float(np.sqrt(max(between, 0.0))))
 
@@ -113,9 +124,16 @@ def _separation(
 def separation_of_features(
   features: np.ndarray, labels: np.ndarray
 ) -> Separation:
-  """Of pooled features [N, C]; without the noise of few images in `ratio`.
+  """Computes the separation of classes from features.
 
-  Classes with fewer than two images are left out; NaN if less than two remain.
+  The ratio is corrected for the sampling error of the class means.
+
+  Args:
+    features: [N, C].
+    labels: int [N]. Classes with fewer than two images are ignored.
+
+  Returns:
+    The separation; `ratio` is NaN if fewer than two classes remain.
   """
   groups = [features[labels == k] for k in np.unique(labels)]
   groups = [group for group in groups if len(group) > 1]
@@ -128,20 +146,26 @@ def separation_of_features(
 
 
 def separation_of_centroids(layer: RawMoments, rows: np.ndarray) -> Separation:
-  """Of the centroids of the classes `rows`, two or more, at one layer."""
+  """Computes the separation of centroids at one layer.
+
+  Args:
+    layer: raw moments of all classes.
+    rows: classes to compare, two or more, int [K].
+  """
   mean, square = (np.asarray(a)[rows] for a in (layer.mean, layer.square))
   var = np.maximum(square - np.square(mean), 0.0)
   return _separation(mean, var, np.zeros(len(rows)))
 
 
 class WeightError(NamedTuple):
-  """A layer's quantized weights against the teacher's.
+  """Difference between a layer's quantized weights and the teacher's.
 
   Attributes:
     bits: bit width.
-    sqnr: signal to quantization noise, dB; training's changes count as noise.
-    levels: share of the integer levels in use, mean over output channels.
-    clipped: share of the teacher's weights that lie outside of the range.
+    sqnr: signal-to-quantization-noise ratio, dB. The noise includes the changes
+      by training.
+    levels: share of the integer levels in use, averaged over output channels.
+    clipped: share of the teacher's weights outside the range.
   """
 
   bits: int
@@ -151,14 +175,15 @@ class WeightError(NamedTuple):
 
 
 class OutputError(NamedTuple):
-  """A quantizer on a layer's output, on some images.
+  """Error of a layer's output quantizer on some images.
 
   Attributes:
     bits: bit width.
-    rounding: signal to quantization noise of this quantizer alone, dB.
-    sqnr: the same against the teacher's output: all that came before counts.
+    rounding: signal-to-quantization-noise ratio of this quantizer alone, dB.
+    sqnr: the same ratio against the teacher's output, dB. The noise includes
+      that of all earlier layers.
     levels: share of the integer levels in use.
-    clipped: share of values outside of the range.
+    clipped: share of the values outside the range.
   """
 
   bits: int
@@ -169,11 +194,17 @@ class OutputError(NamedTuple):
 
 
 def _decibel(signal: Any, noise: Any) -> float:
+  """Returns the ratio of two powers in dB."""
   return 10 * float(np.log10(max(float(signal), 1e-30) / max(noise, 1e-30)))
 
 
 def weight_errors(teacher: Teacher, student: Student) -> dict[str, WeightError]:
-  """By layer with weights, in forward order."""
+  """Measures the weight error of each layer, in forward order.
+
+  Args:
+    teacher: network that was quantized.
+    student: the quantized network.
+  """
   errors = {}
   for name, bits in student.plan.weights:
     float_ = np.asarray(teacher.variables['params'][name]['kernel'])
@@ -194,41 +225,54 @@ def weight_errors(teacher: Teacher, student: Student) -> dict[str, WeightError]:
   return errors
 
 
+def _quantizers(
+  network: nn.Module, variables: Any, x: jax.Array, quantize: bool
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Runs a student and records each output quantizer.
+
+  Args:
+    network: module of the student.
+    variables: variables of the student or of the teacher.
+    x: normalized images, [N, H, W, C].
+    quantize: whether to quantize; otherwise the network acts as the teacher.
+
+  Returns:
+    Values before and after each output quantizer, by layer.
+  """
+  seen = {}
+
+  def note(call, args, kwargs, context):
+    if context.method_name == 'quantize_weights' and not quantize:
+      return args[0]
+    if context.method_name == 'quantize_output':
+      y = call(*args, **kwargs) if quantize else args[0]
+      seen[context.module.name] = args[0], y
+      return y
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    network.apply(variables, x)
+  return seen
+
+
 def output_errors(
   teacher: Teacher, student: Student, images: np.ndarray
 ) -> dict[str, OutputError]:
-  """By layer whose output is quantized, in forward order.
+  """Measures the error of each output quantizer, in forward order.
 
   Args:
-    teacher: of the student.
+    teacher: network that was quantized.
     student: the quantized network.
-    images: uint8 [N, H, W, C], in one batch.
+    images: uint8 [N, H, W, C], run as one batch.
   """
   plan = student.plan
   network = teacher.build(fake_quant.layer_set(plan))
 
-  def outputs(variables, x, quantize: bool):
-    """Before and after each quantizer; without, the network is the teacher."""
-    seen = {}
-
-    def note(call, args, kwargs, context):
-      if context.method_name == 'quantize_weights' and not quantize:
-        return args[0]
-      if context.method_name == 'quantize_output':
-        y = call(*args, **kwargs) if quantize else args[0]
-        seen[context.module.name] = args[0], y
-        return y
-      return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-      network.apply(variables, x)
-    return seen
-
   @jax.jit
   def measure(student_variables, teacher_variables, pixels):
     x = student.preprocessing.normalize(pixels)
-    ours = outputs(student_variables, x, quantize=True)
-    theirs = outputs(teacher_variables, x, quantize=False)
+    ours = _quantizers(network, student_variables, x, quantize=True)
+    theirs = _quantizers(network, teacher_variables, x, quantize=False)
     found = {}
     for name, output in plan.outputs:
       own = student_variables['quant'].get(name, {})
@@ -265,9 +309,13 @@ def output_errors(
 
 
 def latency(file: pathlib.Path) -> float | None:
-  """Median seconds of one image on one thread of ONNX Runtime, measured now.
+  """Times ONNX Runtime on one thread, one image at a time.
 
-  None without the package onnxruntime.
+  Args:
+    file: ONNX file with uint8 images [N, H, W, C] as input.
+
+  Returns:
+    Median time of a call, seconds; None if onnxruntime is not installed.
   """
   if importlib.util.find_spec('onnxruntime') is None:
     return None

@@ -1,12 +1,10 @@
 """What a run says while it goes: metrics.jsonl, a progress bar, a table."""
 
 import errno
-import importlib.util
 import json
 import os
 import pathlib
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -61,42 +59,6 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
   """The lines of metrics.jsonl; none without it, nor one cut short."""
   lines = path.read_text().splitlines() if path.exists() else []
   return [json.loads(line) for line in lines if _step(line) < float('inf')]
-
-
-def write_events(
-  folder: pathlib.Path,
-  lines: list[dict[str, float]],
-  results: dict[str, Any],
-) -> bool:
-  """Writes scalars as a TensorBoard event file, in place of what was there.
-
-  metrics.jsonl has no times: every scalar has that of the writing.
-
-  Args:
-    folder: of the event file alone.
-    lines: of metrics.jsonl.
-    results: results.json, whose top-1 and agreements stand at the last step.
-
-  Returns:
-    Whether it was written: it takes the package tensorboardX.
-  """
-  if importlib.util.find_spec('tensorboardX') is None:
-    return False
-  import tensorboardX  # optional
-
-  final = {
-    f'results/{network}/{figure}': results[network][figure]
-    for network in ('teacher', 'student', 'deployed', 'synthetic')
-    for figure in ('top1', 'agreement')
-    if results.get(network, {}).get(figure) is not None
-  }
-  shutil.rmtree(folder, ignore_errors=True)
-  with tensorboardX.SummaryWriter(str(folder)) as writer:
-    for line in [*lines, {'step': results.get('steps', 0), **final}]:
-      for tag, value in line.items():
-        if tag != 'step':
-          writer.add_scalar(tag, value, line['step'])
-  return True
 
 
 class Progress:

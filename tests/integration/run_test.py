@@ -317,7 +317,7 @@ def test_no_table_mixes_images(
   assert 'teacher top-1' in out
   assert '0.00 %' in out
   assert 'student top-1' not in out
-  assert 'figures on 1 other set(s) of images' in out
+  assert 'accuracies on 1 other set(s) of images' in out
 
 
 def test_the_table_lists_the_files_that_are_there(

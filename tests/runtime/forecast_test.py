@@ -41,7 +41,7 @@ def test_the_one_in_the_package():
 
 @pytest.mark.parametrize(
   ('divergence', 'expected'),
-  [(0.16, '3.2 points, 1.5 to 6.5'), (0.5, 'none: further')],
+  [(0.16, '3.2 points, 1.5 to 6.5'), (0.5, 'none: the student is further')],
 )
 def test_closing_table(coefficients, divergence, expected):
   config = ml_collections.ConfigDict({'eval': {'source': 'npz'}})
