@@ -16,9 +16,7 @@ if 'clusterq_jax.main' in sys.orig_argv:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 from clusterq_jax.deploy.student import load as load_student  # noqa: E402
-from clusterq_jax.modes.train import (
-  evaluate,  # noqa: E402
-  quantize,  # noqa: E402
-)
+from clusterq_jax.modes.evaluate import evaluate  # noqa: E402
+from clusterq_jax.modes.quantize import quantize  # noqa: E402
 
 __all__ = ['evaluate', 'load_student', 'quantize']

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from clusterq_jax import command_line, sharding
 from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.modes import dryrun, export, report, train
+from clusterq_jax.modes import dryrun, evaluate, export, quantize, report
 from clusterq_jax.report import closing_table
 from clusterq_jax.runtime.preemption import Preempted
 
@@ -31,8 +31,8 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run, or gs://BUCKET/PATH.'
 )
 _MODES = {
-  'quantize': train.quantize,
-  'evaluate': train.evaluate,
+  'quantize': quantize.quantize,
+  'evaluate': evaluate.evaluate,
   'export': export.export,
   'report': report.report,
 }
@@ -73,7 +73,7 @@ modes
 flags
 {flags}
   --config.FIELD=VALUE
-      Sets a field of the config; clusterq_jax/config.py explains each.
+      Sets a field of the config; --mode=config prints each with its meaning.
 
 examples
   the embedded teacher, with three bits:
@@ -160,13 +160,13 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
 
 def _unknown_field(argv: list[str]) -> str:
   """What is wrong with the first field of `argv` that no config has, or ''."""
-  fields = config_lib.flatten(config_lib.defaults())
+  fields = config_lib.flatten(config_lib.default_config())
   known = [f'config.{field}' for field in fields]
   for argument in argv[1:]:
     name = argument.lstrip('-').partition('=')[0]
     if name.startswith('config.') and name not in known:
       close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-      hint = 'clusterq_jax/config.py lists them'
+      hint = '--mode=config lists them'
       if close:
         hint = f'did you mean --{close[0]}?'
       return f'--{name}: unknown field; {hint}'

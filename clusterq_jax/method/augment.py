@@ -1,8 +1,10 @@
-"""Augmentation of synthetic images: random resized crop and flip; mixup.
+"""Augmentation of synthetic images: crop and flip, mixup, adversarial step.
 
 Differentiable, batched, and free of data-dependent shapes: the crop is a pair
 of bilinear interpolation matrices per image, identities where it is off.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,36 @@ def mixup(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
   on = jax.random.bernoulli(on_key, probability, shape)
   ratio = jnp.where(on, jax.random.uniform(ratio_key, shape), 0.0)
   return x + ratio * (x[::-1] - x)
+
+
+def adversarial(
+  key: jax.Array,
+  x: jax.Array,
+  largest: float,
+  divergence: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+  """Takes one signed-gradient step (FGSM) that increases a divergence.
+
+  Not in the paper.
+
+  Args:
+    key: PRNG key of the step's length, which is uniform per image.
+    x: images, [B, H, W, C]; every other one moves.
+    largest: maximum step, in normalised pixel units; 0 moves none.
+    divergence: images to the scalar that should grow.
+
+  Returns:
+    [B, H, W, C].
+
+  References:
+    Goodfellow et al., arXiv 1412.6572. Li et al., HAST, arXiv 2303.13826,
+    train on hard samples, which they find in another way.
+  """
+  if largest == 0:
+    return x
+  direction = jnp.sign(jax.grad(divergence)(x[::2]))
+  size = largest * jax.random.uniform(key, (len(direction), 1, 1, 1))
+  return x.at[::2].add(size * direction)
 
 
 def _interpolation(

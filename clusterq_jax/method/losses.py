@@ -150,8 +150,7 @@ def diversity_loss(
   expected: Sequence[Statistics],
   share: jax.Array,
   first: jax.Array,
-  noise: tuple[float, float],
-  stored: Sequence[Statistics] | None = None,
+  noise: tuple[float, ...],
   reduction: str = 'sum',
 ) -> jax.Array:
   """Intra-class variance: alignment with centroids under noise (eq. 6).
@@ -165,7 +164,6 @@ def diversity_loss(
       samples of the class share.
     noise: (lambda_mu, lambda_sigma), standard deviations of the noise on means
       and on standard deviations; the latter are clipped at 0 after it.
-    stored: when given, noise is relative to its std, [C_l] per semantic layer.
     reduction: as in `sfda_loss`.
   """
   # One draw for all layers compiles faster than one for each.
@@ -174,8 +172,7 @@ def diversity_loss(
   layers = jnp.split(draws[:, first], np.cumsum(channels)[:-1], axis=-1)
   noisy = []
   for i, (mean, std) in enumerate(expected):
-    unit = 1.0 if stored is None else stored[i].std
-    mean += noise[0] * unit * layers[i][0]
-    std += noise[1] * unit * layers[i][1]
+    mean += noise[0] * layers[i][0]
+    std += noise[1] * layers[i][1]
     noisy.append(Statistics(mean, jnp.maximum(std, 0.0)))
   return sfda_loss(classes, noisy, share, reduction)

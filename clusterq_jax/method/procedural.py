@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-STEPS = 10  # of `steps.Steps.procedural_step`, per batch
-
 _LEAVES = 64
 _SQUARES = 0.4  # share of leaves; the others are ellipses
 _LARGEST = 0.7  # radius, of the image's height

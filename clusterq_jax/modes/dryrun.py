@@ -25,10 +25,12 @@ import ml_collections
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
+from clusterq_jax.config import Config
 from clusterq_jax.errors import InputError
-from clusterq_jax.modes import train
+from clusterq_jax.method import phases as phases_lib
 from clusterq_jax.runtime import metrics
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
+from clusterq_jax.runtime.compiler import Compiler
 from clusterq_jax.weights.teacher import Teacher
 
 
@@ -233,13 +235,10 @@ class Target:
     InputError: a batch that does not divide among the pod's devices.
   """
 
-  def __init__(
-    self, pod: Topology, config: ml_collections.ConfigDict, teacher: Teacher
-  ):
-    mesh = sharding.make_mesh(config.schedule.batch_size, pod.devices)
-    steps = experiment.make_steps(config, teacher)
-    self.pod, self.steps = pod, dataclasses.replace(steps, mesh=mesh)
-    everywhere = sharding.replicated(mesh)
+  def __init__(self, pod: Topology, config: Config, teacher: Teacher):
+    self.pod = pod
+    self.steps = session_lib.make_steps(config, teacher, pod.devices)
+    everywhere = sharding.replicated(self.steps.networks.mesh)
     key, variables = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
       (jax.eval_shape(lambda: jax.random.key(0)), teacher.variables),
@@ -248,7 +247,7 @@ class Target:
 
   def need(self, step: Callable) -> Need | str:
     """Compiles one of `steps`; where it does not fit, the compiler's reason."""
-    compile = train.Compiler(self.steps.mesh)
+    compile = Compiler(self.steps.networks.mesh)
     try:
       return analyse(self.pod, compile(step, *self._args, donate=True))
     except jax.errors.JaxRuntimeError as e:
@@ -269,23 +268,21 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
   Raises:
     InputError: bad config, weights or topology; a batch that does not divide.
   """
-  config_lib.validate(config)
-  pod = topology(config.dryrun.topology)
-  target = Target(pod, config, experiment.load_teacher(config))
-  s = config.schedule
+  resolved = config_lib.resolve(config)
+  pod = topology(resolved.dryrun.topology)
+  target = Target(pod, resolved, session_lib.load_teacher(resolved))
+  s = resolved.schedule
   print(
-    f'{config.dryrun.topology}: {len(pod.devices)} devices '
+    f'{resolved.dryrun.topology}: {len(pod.devices)} devices '
     f'({pod.devices[0].device_kind}), batch {s.batch_size}. Per device:'
   )
   fits = True
   programs = [(target.steps.calibrate_student, 1)]
   programs += [
-    (target.steps.of_phase[phase], length)
-    for phase, length in config_lib.phases(s).items()
+    (getattr(target.steps, phase.step), phase.length)
+    for phase in phases_lib.phases(s)
   ]
   for step, length in programs:
-    if not length:
-      continue
     need = target.need(step)
     if isinstance(need, str):
       fits = False

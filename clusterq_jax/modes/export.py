@@ -25,10 +25,11 @@ import numpy as np
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import data, precision
+from clusterq_jax.config import Config
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.runtime import bucket, samples
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime import workdir as workdir_lib
 
 _SELFTEST_IMAGES = 64
@@ -51,7 +52,7 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     InputError: no finished run, `paper` placement, onnx is not installed, or
       the folder exists.
   """
-  config_lib.validate(config)
+  resolved = config_lib.resolve(config)
   student = student_lib.load(workdir)
   folded = student.integer()
   if importlib.util.find_spec('onnx') is None:
@@ -59,19 +60,19 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "--mode=export needs the package onnx: pip install 'clusterq-jax[onnx]' "
       'or pip install onnx'
     )
-  target = workdir_lib.export_folder(config, workdir)
+  target = workdir_lib.export_folder(resolved, workdir)
   if target.exists():
     raise InputError(
       f'{target} exists; remove it, or set config.export.folder to a new one'
     )
-  teacher = experiment.load_teacher(config)
-  with workdir_lib.open_workdir(config, workdir) as run:
+  teacher = session_lib.load_teacher(resolved)
+  with workdir_lib.open_workdir(resolved, workdir) as run:
     images = data.read_npz(str(run / samples.ARRAYS)).images[:_SELFTEST_IMAGES]
 
     # Imported late: optional.
     from clusterq_jax.deploy import onnx_graph as onnx_layers
 
-    metadata = _metadata(config, student)
+    metadata = _metadata(resolved, student)
     models = {
       workdir_lib.INTEGER: onnx_layers.integer_model(folded, metadata),
       workdir_lib.FLOAT: onnx_layers.float_model(
@@ -106,14 +107,12 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )
 
 
-def _metadata(
-  config: ml_collections.ConfigDict, student: student_lib.Student
-) -> dict[str, str]:
+def _metadata(config: Config, student: student_lib.Student) -> dict[str, str]:
   facts = {
     'bits': dataclasses.asdict(student.bits),
     'preprocessing': dataclasses.asdict(student.preprocessing),
     'class_names': student.class_names,
-    'config': json.loads(config_lib.to_json(config)),
+    'config': config_lib.to_json(config),
   }
   return {
     key: json.dumps(value, separators=(',', ':'))

@@ -10,15 +10,15 @@ import numpy as np
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import data, precision
+from clusterq_jax.atomic import atomic
 from clusterq_jax.data import image_files
 from clusterq_jax.errors import InputError
 from clusterq_jax.method.state import TrainState
-from clusterq_jax.method.steps import Steps
 from clusterq_jax.report import tensorboard
 from clusterq_jax.runtime import bucket, checkpoint, metrics
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime import workdir as workdir_lib
-from clusterq_jax.weights.teacher import Teacher
+from clusterq_jax.runtime.session import Session
 
 _SMALL = 64 * 64  # pixels of an image; more images of at most this size
 # Smallest share of a synthetic batch that the shown classes take. The batch
@@ -45,7 +45,7 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     InputError: a package is missing, there are several processes, the workdir
       holds no run or one with another config, or the images do not fit.
   """
-  config_lib.validate(config)
+  resolved = config_lib.resolve(config)
   for package in ('matplotlib', 'jinja2'):
     if importlib.util.find_spec(package) is None:
       raise InputError(
@@ -61,15 +61,14 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )
   if not (pathlib.Path(workdir) / 'config.json').exists():
     raise InputError(f'{workdir}: no run; expected config.json')
-  teacher = experiment.load_teacher(config)
-  real = experiment.load_images(config, teacher)
-  steps = experiment.make_steps(config, teacher)
-  shown = np.arange(min(teacher.num_classes, page.MOST_CLASSES))
-  with workdir_lib.open_workdir(config, workdir) as folder:
-    state = _newest_state(folder, steps, teacher)
+  session = Session(resolved)
+  real = session_lib.load_images(resolved, session.teacher)
+  shown = np.arange(min(session.teacher.num_classes, page.MOST_CLASSES))
+  with workdir_lib.open_workdir(resolved, workdir) as folder:
+    state = _newest_state(folder, session)
     images = {
       kind: page.Images(*found)
-      for kind, found in _images(config, steps, state, real, shown).items()
+      for kind, found in _images(session, state, real, shown).items()
     }
     lines = metrics.read(folder / 'metrics.jsonl')
     results = workdir_lib.read_results(folder)
@@ -77,26 +76,22 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     results['report'] = {'events': written}
     if 'steps' not in results:
       done = 0 if state is None else int(state.step)
-      total = config_lib.total_steps(config.schedule)
+      total = session.phases[-1].end
       results['unfinished'] = f'step {done} of {total}'
-    run = page.Run(
-      config, folder, teacher, steps, state, results, lines, shown, images
-    )
-    temporary = folder / 'report.tmp'
-    temporary.write_text(page.render(run), encoding='utf-8')
-    temporary.replace(folder / 'report.html')
+    run = page.Run(session, folder, state, results, lines, shown, images)
+    with atomic(folder / 'report.html') as temporary:
+      temporary.write_text(page.render(run), encoding='utf-8')
   return results
 
 
-def _newest_state(
-  folder: pathlib.Path, steps: Steps, teacher: Teacher
-) -> TrainState | None:
+def _newest_state(folder: pathlib.Path, session: Session) -> TrainState | None:
   """Returns the state of the newest checkpoint; None without a checkpoint."""
   checkpoints = folder / 'checkpoints'
   if not checkpoints.is_dir():
     return None
-  abstract = steps.abstract_state(jax.random.key(0), teacher.variables)
-  restored = checkpoint.Checkpoints(str(checkpoints)).restore(abstract, print)
+  restored = checkpoint.Checkpoints(str(checkpoints)).restore(
+    session.abstract_state(), print
+  )
   return restored[0] if restored else None
 
 
@@ -104,20 +99,17 @@ _Labelled = tuple[np.ndarray, np.ndarray]  # uint8 [N, H, W, C]; classes [N]
 
 
 def _images(
-  config: ml_collections.ConfigDict,
-  steps: Steps,
+  session: Session,
   state: TrainState | None,
   real: data.Images | None,
   shown: np.ndarray,
 ) -> dict[str, _Labelled]:
   """Returns images of the shown classes, 'synthetic' before 'real'."""
-  height, width, _ = steps.preprocessing.shape
+  height, width, _ = session.teacher.preprocessing.shape
   per_class = 40 if height * width <= _SMALL else 8
   images = {}
   if state is not None:
-    images['synthetic'] = _synthetic(
-      steps, state, config.seed, shown, per_class
-    )
+    images['synthetic'] = _synthetic(session, state, shown, per_class)
   if real is not None:
     found = _real(real, shown, per_class)
     if found is not None:
@@ -126,31 +118,31 @@ def _images(
 
 
 def _synthetic(
-  steps: Steps, state: TrainState, seed: int, shown: np.ndarray, per_class: int
+  session: Session, state: TrainState, shown: np.ndarray, per_class: int
 ) -> _Labelled:
   """Returns new images of the newest generator and their classes.
 
   Args:
-    steps: steps of the run.
+    session: session of the run.
     state: holds the generator.
-    seed: seed of the images.
     shown: classes to draw, which take turns.
     per_class: images of each class.
   """
+  networks, seed = session.steps.networks, session.config.seed
   random = np.random.RandomState(seed)
-  others = np.setdiff1d(np.arange(steps.num_classes), shown)
-  share = max(len(shown) / steps.num_classes, _LEAST_SHARE)
-  count = max(1, round(share * steps.batch_size))  # kept images of a batch
+  others = np.setdiff1d(np.arange(networks.num_classes), shown)
+  share = max(len(shown) / networks.num_classes, _LEAST_SHARE)
+  count = max(1, round(share * networks.batch_size))  # kept images of a batch
   wanted = np.tile(shown, per_class)
-  generate = jax.jit(steps.generate)
+  generate = jax.jit(networks.generate)
   parts = []
   for i, start in enumerate(range(0, len(wanted), count)):
     labels = np.resize(wanted[start : start + count], count)
     if len(others):
-      rest = random.choice(others, steps.batch_size - count)
+      rest = random.choice(others, networks.batch_size - count)
       labels = np.concatenate([labels, rest])
     x, _ = generate(state.generator, jax.random.key(seed + i), labels)
-    pixels = steps.preprocessing.to_pixels(jax.device_get(x[:count]))
+    pixels = networks.preprocessing.to_pixels(jax.device_get(x[:count]))
     parts.append(np.asarray(pixels))
   return np.concatenate(parts)[: len(wanted)], wanted
 

@@ -16,8 +16,6 @@ Other backends keep XLA's own.
 """
 
 import functools
-import pathlib
-import platform
 from typing import Any, Literal
 
 import jax
@@ -30,28 +28,6 @@ _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 Padding = int | Literal['same'] | None
 Pads = tuple[tuple[int, int], tuple[int, int]]
 DType = Any
-_CPU_INFO = pathlib.Path('/proc/cpuinfo')
-
-
-def compiler_options() -> dict[str, str]:
-  """What to compile convolutions with: `jax.jit(compiler_options=)`.
-
-  On x86, Eigen's are faster than those of the YNN library that XLA prefers. On
-  two cores without AVX-512 (Zen 3) a generator step takes 0.31 s with them and
-  0.46 with YNN's, a student step 0.54 and 0.60 to 0.70; with AVX-512 (Sapphire
-  Rapids) a joint step at batch 128 takes 0.79 s and 0.84, and 0.75 where the
-  rest of it also uses whole vectors, not half of each, as XLA does by default.
-
-  Returns:
-    XLA option to value; none where XLA's choice is kept.
-  """
-  x86 = platform.machine() in ('x86_64', 'AMD64') and _CPU_INFO.exists()
-  if jax.default_backend() != 'cpu' or not x86:
-    return {}
-  options = {'xla_cpu_experimental_ynn_fusion_type': ''}  # none at all
-  if 'avx512f' in _CPU_INFO.read_text():
-    options['xla_cpu_prefer_vector_width'] = '512'
-  return options
 
 
 def explicit(x: jax.Array, side: int, strides: int, padding: Padding) -> Pads:

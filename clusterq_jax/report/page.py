@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import datetime
 import io
+import json
 import math
 import os
 import pathlib
@@ -19,17 +20,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jinja2
-import ml_collections
 import numpy as np
 from PIL import Image
 
 from clusterq_jax import config as config_lib
+from clusterq_jax.config import Config
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.method.state import TrainState
-from clusterq_jax.method.steps import Steps
 from clusterq_jax.report import closing_table, diagnostics, figures, quantities
 from clusterq_jax.runtime import bucket, samples
 from clusterq_jax.runtime import workdir as workdir_lib
+from clusterq_jax.runtime.session import Session
 from clusterq_jax.weights.teacher import Teacher
 
 MOST_CLASSES = len(figures.CLASSES)
@@ -57,10 +58,8 @@ class Run:
   """Holds what the page shows.
 
   Attributes:
-    config: config of the run.
+    session: session of the run.
     folder: workdir of the run.
-    teacher: network that was quantized.
-    steps: steps of the run.
     state: newest train state, or None without a checkpoint.
     results: content of results.json.
     lines: lines of metrics.jsonl.
@@ -68,15 +67,21 @@ class Run:
     images: images by kind, 'synthetic' before 'real'; either may be missing.
   """
 
-  config: ml_collections.ConfigDict
+  session: Session
   folder: pathlib.Path
-  teacher: Teacher
-  steps: Steps
   state: TrainState | None
   results: dict[str, Any]
   lines: list[dict[str, float]]
   shown: np.ndarray
   images: dict[str, Images]
+
+  @property
+  def config(self) -> Config:
+    return self.session.config
+
+  @property
+  def teacher(self) -> Teacher:
+    return self.session.teacher
 
   def class_name(self, label: int) -> str:
     names = self.teacher.class_names
@@ -109,7 +114,7 @@ def render(run: Run) -> str:
     summary=closing_table.closing_rows(
       run.results, run.config, bucket.address(run.folder)
     ),
-    config=config_lib.to_json(run.config),
+    config=json.dumps(config_lib.to_json(run.config), indent=2),
     drops=_drops(run),
     listed=_CLASSES_LISTED,
     metrics=_metrics(run),
@@ -143,11 +148,7 @@ def _drops(run: Run) -> list[list[str]]:
 
 def _metrics(run: Run) -> list[tuple[str, str, str]]:
   """Returns chart, key and meaning of each quantity of metrics.jsonl."""
-  marks, start = [], 0
-  for name, length in config_lib.phases(run.config.schedule).items():
-    if length and start:
-      marks.append((start, name))
-    start += length
+  marks = [(phase.start, phase.name) for phase in run.session.phases[1:]]
   found = []
   for key in sorted({key for line in run.lines for key in line} - {'step'}):
     points = [(line['step'], line[key]) for line in run.lines if key in line]
@@ -250,7 +251,7 @@ def _separation(run: Run, features: _Features) -> dict[str, list[str]]:
   if centroids is not None:
     seen = run.shown[np.asarray(centroids.seen)[run.shown]]
   if centroids is not None and len(seen) > 1:
-    first = run.steps.first_semantic_layer
+    first = run.session.steps.first_semantic_layer
     apart = [
       diagnostics.separation_of_centroids(layer, seen)
       for layer in jax.device_get(centroids.layers)

@@ -1,5 +1,6 @@
 """Accuracy and agreement of networks, on real and on synthetic images."""
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clusterq_jax.config.fields import Eval
 from clusterq_jax.data import Images
 from clusterq_jax.data.image_files import ImageFiles
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float_layers
+from clusterq_jax.weights.teacher import Teacher
 
 Predict = Callable[[Any], jax.Array]
 _NAMED = 10  # unreadable files that are named
@@ -114,6 +118,37 @@ def on_images(
         figures['agreement'] = percent(answers[i] == before)
       before = answers[i]
     results[name] = figures
+  return results
+
+
+def of_teacher_and(
+  others: Mapping[str, Predict],
+  teacher: Teacher,
+  images: Images | None,
+  section: Eval,
+) -> dict[str, Any]:
+  """Measures the teacher and other networks.
+
+  Args:
+    others: as in `on_images`, after the teacher.
+    teacher: of the run.
+    images: real images, or None.
+    section: config.eval.
+
+  Returns:
+    What `on_images` returns, with `source` and `path` of the images.
+  """
+  network = teacher.build(float_layers.layer_set())
+
+  @jax.jit
+  def logits(variables, pixels):
+    return network.apply(variables, teacher.preprocessing.normalize(pixels))
+
+  own = functools.partial(logits, teacher.variables)
+  results = on_images({'teacher': own, **others}, images, section.batch_size)
+  if images is not None:
+    where = {'source': section.source, 'path': section.path}
+    results['images'] = {**where, **results['images']}
   return results
 
 

@@ -1,50 +1,41 @@
 """A run that starts from the generator of another one.
 
-The generator never sees the student, so one serves every bit width, placement
-and student recipe: what the other run spent on it is not spent again.
+The generator never sees the student, so one generator serves every bit width,
+placement and student recipe.
 """
 
 import pathlib
-from typing import Any
 
 import jax
-import ml_collections
 
 from clusterq_jax import config as config_lib
+from clusterq_jax.config import Config
 from clusterq_jax.errors import InputError
+from clusterq_jax.method import phases
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.runtime import checkpoint, metrics
-from clusterq_jax.runtime import session as experiment
-from clusterq_jax.weights.teacher import Teacher
+from clusterq_jax.runtime.session import Session
 
-# Beginnings of fields that may differ: the generator does not depend on them.
+# The generator does not depend on fields that begin like this.
 STUDENT_FIELDS = (
   'quant.',
   'student.',
   'augment.',
+  'budget',
   'checkpoint_every',
   'generator.workdir',
   'loss.student_cross_entropy',
-  'loss.distillation',
   'loss.features',
   'schedule.student_steps',
-  'schedule.range_steps',
 )
 
 
-def take_generator(
-  config: ml_collections.ConfigDict,
-  teacher: Teacher,
-  key: jax.Array,
-  state: TrainState,
-) -> TrainState:
-  """A new run's state with the generator's part of a finished run.
+def take_generator(session: Session, state: TrainState) -> TrainState:
+  """Takes the generator's part of a finished run.
 
   Args:
-    config: of the new run; `generator.workdir` names the other.
-    teacher: of both.
-    key: of initialisation; only shapes depend on it.
-    state: the new run's, before its first step; replicated on its devices.
+    session: of the new run; its `generator.workdir` names the other.
+    state: the new run's, before its first step.
 
   Returns:
     The state at the new run's first student step: generator, centroids and
@@ -53,11 +44,13 @@ def take_generator(
   Raises:
     InputError: no finished run there, or its generator is of another kind.
   """
-  folder = pathlib.Path(config.generator.workdir)
-  stored, other = _stored_config(folder)
+  folder = pathlib.Path(session.config.generator.workdir)
+  other = _stored_config(folder)
   changed = [
     difference
-    for difference in config_lib.differences(stored, config)
+    for difference in config_lib.differences(
+      config_lib.to_json(other), session.config
+    )
     if not difference.startswith(STUDENT_FIELDS)
   ]
   if changed:
@@ -65,21 +58,17 @@ def take_generator(
       f'config.generator.workdir={folder}: its generator is of another config; '
       f'it differs in {"; ".join(changed)}'
     )
-  abstract = experiment.make_steps(other, teacher).abstract_state(
-    key, teacher.variables
-  )
+  abstract = Session(other, session.teacher).abstract_state()
   checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
   restored = checkpoints.restore(abstract, say=print)
-  done = config_lib.total_steps(other.schedule)
+  done = phases.total_steps(other.schedule)
   if restored is None or int(restored[0].step) != done:
     raise InputError(
       f'config.generator.workdir={folder}: its run is not finished; expected '
       f'a checkpoint at step {done}'
     )
   source, _ = restored
-  first = (
-    config_lib.total_steps(config.schedule) - config.schedule.student_steps
-  )
+  first = phases.student_start(session.config.schedule)
   return state.replace(
     step=jax.numpy.full_like(state.step, first),
     generator=source.generator,
@@ -89,18 +78,12 @@ def take_generator(
   )
 
 
-def _stored_config(
-  folder: pathlib.Path,
-) -> tuple[dict[str, Any], ml_collections.ConfigDict]:
-  """What config.json holds, and the config it was written from."""
-  config = config_lib.defaults()
+def _stored_config(folder: pathlib.Path) -> Config:
+  """Returns the config that a workdir holds."""
   try:
     stored = metrics.read_json(folder / 'config.json')
-    with config.unlocked():
-      config.update(stored)
-    config_lib.validate(config)
-  except Exception as e:  # what is no config can raise anything
+    return config_lib.from_json(stored, str(folder))
+  except (OSError, InputError) as e:
     raise InputError(
       f'config.generator.workdir={folder}: no run there ({e})'
     ) from e
-  return stored, config

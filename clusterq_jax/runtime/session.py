@@ -1,142 +1,58 @@
-"""From a config to the objects of a run; nothing below reads a config."""
+"""What a run consists of: teacher, steps, random keys, compiled programs."""
 
 import functools
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-import ml_collections
-import optax
 
-from clusterq_jax import config as config_lib
 from clusterq_jax import data, sharding
+from clusterq_jax.config import Config
+from clusterq_jax.deploy import fold
 from clusterq_jax.errors import InputError
-from clusterq_jax.method import generator as generator_lib
-from clusterq_jax.method.steps import LossWeights, Steps
+from clusterq_jax.method import optimizers
+from clusterq_jax.method import phases as phases_lib
+from clusterq_jax.method.generator import Generator
+from clusterq_jax.method.networks import Networks
+from clusterq_jax.method.phases import Phase
+from clusterq_jax.method.pool import PoolLayout
+from clusterq_jax.method.state import TrainState
+from clusterq_jax.method.steps import Steps
 from clusterq_jax.models import registry
 from clusterq_jax.quant import plan as plan_lib
+from clusterq_jax.quant import quantizers
+from clusterq_jax.runtime.compiler import Compiler
 from clusterq_jax.weights import teacher as teacher_lib
+from clusterq_jax.weights.teacher import Teacher
+
+# Streams of random numbers, folded into the run's seed by their place here.
+_STREAMS = ('init', 'train', 'centroids', 'calibration', 'held_out', 'samples')
 
 
-def load_teacher(config: ml_collections.ConfigDict) -> teacher_lib.Teacher:
-  """The teacher that `config.teacher` names; prints notes on its weights."""
-  t = config.teacher.to_dict()
-  path = t.pop('weights')
-  teacher = teacher_lib.load(path=path, **t)
+def load_teacher(config: Config) -> Teacher:
+  """Loads the teacher that `config.teacher` names; prints notes on it."""
+  t = config.teacher
+  teacher = teacher_lib.load(
+    t.arch,
+    t.weights,
+    entry=t.entry,
+    num_classes=t.num_classes,
+    image_size=t.image_size,
+    mean=t.mean,
+    std=t.std,
+    pixel_range=t.pixel_range,
+    channel_order=t.channel_order,
+  )
   if sharding.is_lead():
     for note in teacher.notes:
       print(note, file=sys.stderr)
   return teacher
 
 
-def bits_of(config: ml_collections.ConfigDict) -> plan_lib.Bits:
-  """Bit widths and placement; first and last layer as the rest by default."""
-  quant = config.quant
-  first, last = quant.first_weight_bits, quant.last_weight_bits
-  return plan_lib.Bits(
-    weights=quant.weight_bits,
-    activations=quant.activation_bits,
-    first=quant.weight_bits if first is None else first,
-    last=quant.weight_bits if last is None else last,
-    placement=quant.placement,
-  )
-
-
-def _learning_rate(base: float, schedule, start: int, end: int):
-  """Learning rate by step; cosine runs from `start` to `end`."""
-  if schedule.lr_decay == 'cosine':
-    cosine = optax.cosine_decay_schedule(base, max(end - start, 1))
-    return lambda step: cosine(jnp.maximum(step - start, 0))
-  factors = dict.fromkeys(schedule.lr_boundaries, schedule.lr_factor)
-  return optax.piecewise_constant_schedule(base, factors)
-
-
-def make_steps(
-  config: ml_collections.ConfigDict, teacher: teacher_lib.Teacher
-) -> Steps:
-  """The steps of the run that `config` describes."""
-  s, loss, student = config.schedule, config.loss, config.student
-  plan = plan_lib.make_plan(
-    teacher.graph,
-    bits_of(config),
-    config.quant.ranges == 'learned',
-    teacher.preprocessing.limit,
-  )
-  layers = len(teacher.graph.batch_norms)
-  first = config.centroids.first_layer
-  if first is None:
-    first = max(0, (layers + 1) // 2 - 2)
-  if not 0 <= first < layers:
-    raise InputError(
-      f'config.centroids.first_layer={first}: expected 0 to {layers - 1}'
-    )
-  if student.optimizer == 'adam':
-    optimizer = optax.scale_by_adam()
-  else:
-    optimizer = optax.chain(
-      # A step has no size that it should shrink to.
-      optax.add_decayed_weights(
-        student.weight_decay, lambda tree: {k: k == 'params' for k in tree}
-      ),
-      optax.trace(student.momentum, nesterov=True),
-    )
-  total = config_lib.total_steps(s)
-  student_start = total - s.student_steps - s.joint_steps
-  procedural_start = s.warmup_steps + s.generator_steps
-  generator_end = (
-    student_start + s.joint_steps if s.joint_steps else procedural_start
-  )
-  rate = functools.partial(_learning_rate, schedule=s)
-  dtype = jnp.bfloat16 if config.compute_dtype == 'bfloat16' else None
-  return Steps(
-    build=teacher.build,
-    graph=teacher.graph,
-    plan=plan,
-    generator=generator_lib.Generator(
-      shape=teacher.preprocessing.shape,
-      num_classes=teacher.num_classes,
-      latent_dim=config.generator.latent_dim,
-      channels=tuple(config.generator.channels),
-      conditional=config.generator.conditional,
-      prototypes=config.generator.prototypes,
-      dtype=dtype,
-    ),
-    preprocessing=teacher.preprocessing,
-    weights=LossWeights(
-      statistics=loss.statistics,
-      sfda=loss.sfda,
-      diversity=loss.diversity,
-      noise=tuple(loss.noise),
-      relative=loss.relative,
-      class_reduction=loss.class_reduction,
-      centroid_decay=config.centroids.decay,
-      student_cross_entropy=loss.student_cross_entropy,
-      distillation=loss.distillation,
-      features=loss.features,
-    ),
-    first_semantic_layer=first,
-    batch_size=s.batch_size,
-    pool_batches=s.pool_batches,
-    procedural_batches=s.procedural_batches,
-    procedural_start=procedural_start,
-    augment_probability=config.augment.probability,
-    augment_flip=config.augment.flip,
-    augment_mixup=config.augment.mixup,
-    augment_adversarial=config.augment.adversarial,
-    range_steps=student_start + s.range_steps,
-    generator_lr=rate(config.generator.lr, start=0, end=generator_end),
-    student_lr=rate(student.lr, start=student_start, end=total),
-    quant_lr=rate(student.quant_lr, start=student_start, end=total),
-    generator_optimizer=optax.scale_by_adam(*config.generator.betas),
-    student_optimizer=optimizer,
-    mesh=sharding.make_mesh(s.batch_size),
-    dtype=dtype,
-  )
-
-
-def load_images(
-  config: ml_collections.ConfigDict, teacher: teacher_lib.Teacher
-) -> data.Images | None:
-  """The evaluation images that `config.eval` names; None for none."""
+def load_images(config: Config, teacher: Teacher) -> data.Images | None:
+  """Loads the evaluation images that `config.eval` names, or None."""
   shape, resize = teacher.preprocessing.shape, config.eval.resize
   if resize is None:
     resize = registry.architecture(config.teacher.arch).resize(min(shape[:2]))
@@ -148,3 +64,224 @@ def load_images(
     resize,
     teacher.class_names,
   )
+
+
+def bits_of(config: Config) -> plan_lib.Bits:
+  """Returns the bit widths and the placement of a config."""
+  quant = config.quant
+  return plan_lib.Bits(
+    weights=quant.weight_bits,
+    activations=quant.activation_bits,
+    first=quant.first_weight_bits,
+    last=quant.last_weight_bits,
+    placement=quant.placement,
+  )
+
+
+def _networks(
+  config: Config, teacher: Teacher, mesh: jax.sharding.Mesh
+) -> Networks:
+  learned = config.quant.ranges == 'learned'
+  limit = teacher.preprocessing.limit
+  dtype = jnp.bfloat16 if config.compute_dtype == 'bfloat16' else None
+  return Networks(
+    build=teacher.build,
+    graph=teacher.graph,
+    plan=plan_lib.make_plan(teacher.graph, bits_of(config), learned, limit),
+    generator=Generator(
+      shape=teacher.preprocessing.shape,
+      num_classes=teacher.num_classes,
+      latent_dim=config.generator.latent_dim,
+      channels=config.generator.channels,
+      conditional=config.generator.conditional,
+      prototypes=config.generator.prototypes,
+      dtype=dtype,
+    ),
+    preprocessing=teacher.preprocessing,
+    batch_size=config.schedule.batch_size,
+    mesh=mesh,
+    dtype=dtype,
+  )
+
+
+def _first_semantic_layer(config: Config, teacher: Teacher) -> int:
+  layers, first = len(teacher.graph.batch_norms), config.centroids.first_layer
+  if first is None:
+    return max(0, (layers + 1) // 2 - 2)
+  if not 0 <= first < layers:
+    raise InputError(
+      f'config.centroids.first_layer={first}: expected 0 to {layers - 1}'
+    )
+  return first
+
+
+def make_steps(
+  config: Config,
+  teacher: Teacher,
+  devices: Sequence[jax.Device] | None = None,
+) -> Steps:
+  """Makes the steps of a run.
+
+  Args:
+    config: of the run.
+    teacher: as loaded.
+    devices: where it runs; None: on all there are.
+
+  Raises:
+    InputError: no such layer, or a batch that does not divide among devices.
+  """
+  s = config.schedule
+  mesh = sharding.make_mesh(s.batch_size, devices)
+  return Steps(
+    networks=_networks(config, teacher, mesh),
+    config=config,
+    pool=PoolLayout(
+      s.pool_batches,
+      s.procedural_batches,
+      s.batch_size,
+      teacher.preprocessing,
+    ),
+    first_semantic_layer=_first_semantic_layer(config, teacher),
+    generator_optimizer=optimizers.for_generator(config),
+    student_optimizer=optimizers.for_student(config),
+  )
+
+
+class Session:
+  """A run of one config: the objects that its parts share.
+
+      session = Session(config)
+      state = session.init()
+      for phase in session.phases:
+        state = session.enter(phase, state)
+        program = session.program(phase, state)
+        for _ in range(phase.length):
+          state, metrics = program(state, *session.step_arguments)
+
+  Attributes:
+    config: resolved.
+    teacher: as loaded.
+    steps: the steps of the method.
+    phases: those that have steps, in order.
+    compile: compiles, and counts the seconds.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    teacher: Teacher | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    """Prepares a run; nothing is compiled yet.
+
+    Args:
+      config: resolved.
+      teacher: the one that `config.teacher` names; None loads it.
+      devices: where it runs; None: on all there are.
+    """
+    self.config = config
+    self.teacher = load_teacher(config) if teacher is None else teacher
+    self.steps = make_steps(config, self.teacher, devices)
+    self.phases = phases_lib.phases(config.schedule)
+    self.compile = Compiler(self.mesh)
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    return self.steps.networks.mesh
+
+  @functools.cached_property
+  def variables(self) -> Any:
+    """The teacher's variables, on every device."""
+    everywhere = sharding.replicated(self.mesh)
+    return jax.device_put(self.teacher.variables, everywhere)
+
+  @functools.cached_property
+  def keys(self) -> dict[str, jax.Array]:
+    """PRNG keys by stream: init, train, centroids, calibration, ..."""
+
+    def make():
+      root = jax.random.key(self.config.seed)
+      return [jax.random.fold_in(root, i) for i in range(len(_STREAMS))]
+
+    made = jax.jit(make, out_shardings=sharding.replicated(self.mesh))()
+    return dict(zip(_STREAMS, made, strict=True))
+
+  @property
+  def step_arguments(self) -> tuple[Any, jax.Array]:
+    """What a step takes after the state."""
+    return self.variables, self.keys['train']
+
+  # --------------------------------------------------------- the state
+
+  def init(self) -> TrainState:
+    """Returns the state before the first step."""
+    everywhere = sharding.replicated(self.mesh)
+    init = jax.jit(self.steps.init, out_shardings=everywhere)
+    return init(self.keys['init'], self.variables)
+
+  def abstract_state(self) -> TrainState:
+    """Returns its shapes, dtypes and shardings, for `Checkpoints`."""
+    return self.steps.abstract_state(self.keys['init'], self.variables)
+
+  # -------------------------------------------------------- the phases
+
+  def program(self, phase: Phase, state: TrainState) -> jax.stages.Compiled:
+    """Compiles a phase's step; the program takes (state, *step_arguments)."""
+    step = getattr(self.steps, phase.step)
+    return self.compile(step, state, *self.step_arguments, donate=True)
+
+  def enter(self, phase: Phase, state: TrainState) -> TrainState:
+    """Does what comes before a phase's first step."""
+    for transition in phase.on_enter:
+      state = getattr(self, transition)(state)
+    return state
+
+  def initialize_centroids(self, state: TrainState) -> TrainState:
+    """Starts the centroids from the warmed-up generator's images."""
+    classes = self.steps.networks.num_classes
+    images = self.config.centroids.images_per_class * classes
+    batches = -(-images // self.config.schedule.batch_size)
+    keys = jax.random.split(self.keys['centroids'], batches)
+    args = state, self.variables, keys
+    return self.compile(self.steps.initialize_centroids, *args, donate=True)(
+      *args
+    )
+
+  def calibrate_student(self, state: TrainState) -> TrainState:
+    """Makes the student of the calibration images."""
+    args = state, self.variables, self.keys['calibration']
+    return self.compile(self.steps.calibrate_student, *args, donate=True)(*args)
+
+  # ------------------------------------------------------- the student
+
+  def deliver(self, state: TrainState) -> TrainState:
+    """Returns the state with the student as it is delivered.
+
+    Its weights are those that its codes stand for, its activation ranges have
+    headroom, and with `integer` placement its biases are those of the integer
+    network.
+    """
+    networks, quant = self.steps.networks, self.config.quant
+
+    @jax.jit
+    def settle(student):
+      widened = quantizers.widen(
+        networks.plan,
+        student['quant'],
+        networks.graph.last_stage,
+        quant.headroom,
+      )
+      params = quantizers.settle(networks.plan, student)
+      return {**student, 'params': params, 'quant': widened}
+
+    student = settle(state.student)
+    if quant.placement == 'integer':
+      batch_stats = self.teacher.variables['batch_stats']
+      whole = {**jax.device_get(student), 'batch_stats': batch_stats}
+      folded = fold.fold(
+        networks.graph, networks.plan, whole, networks.preprocessing
+      )
+      student['params'] = jax.device_put(
+        fold.round_biases(folded, whole), sharding.replicated(self.mesh)
+      )
+    return state.replace(student=student)

@@ -8,10 +8,9 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
-
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
+from clusterq_jax.config import Config
 from clusterq_jax.errors import InputError
 from clusterq_jax.runtime import metrics
 
@@ -20,9 +19,7 @@ INTEGER, FLOAT = 'integer.onnx', 'float32.onnx'
 
 
 @contextlib.contextmanager
-def open_workdir(
-  config: ml_collections.ConfigDict, workdir: str
-) -> Iterator[pathlib.Path]:
+def open_workdir(config: Config, workdir: str) -> Iterator[pathlib.Path]:
   """Makes the workdir, and holds it against other runs.
 
   Of several processes only the lead touches it.
@@ -65,25 +62,25 @@ def _lock(file, workdir: str) -> None:
   file.flush()
 
 
-def _claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def _claim(config: Config, folder: pathlib.Path) -> None:
   """Refuses a folder that holds a run of another config; else stores this."""
   file = folder / 'config.json'
   try:
     if file.exists():
-      changed = config_lib.differences(metrics.read_json(file), config)
+      stored = metrics.read_json(file)
+      config_lib.check_schema(stored, str(folder))
+      changed = config_lib.differences(stored, config)
       if changed:
         raise InputError(
           f'{folder} holds a run with another config; it differs in '
           f'{"; ".join(changed)}. Choose another workdir, or the same config'
         )
-    metrics.write_json(file, config.to_dict())
+    metrics.write_json(file, config_lib.to_json(config))
   except OSError as e:
     raise InputError(f'{folder}: cannot be written: {e.strerror}') from e
 
 
-def export_folder(
-  config: ml_collections.ConfigDict, workdir: str
-) -> pathlib.Path:
+def export_folder(config: Config, workdir: str) -> pathlib.Path:
   """The folder that a run is exported to."""
   return pathlib.Path(config.export.folder or f'{workdir}/export')
 

@@ -1,0 +1,106 @@
+"""The configs that config files start from.
+
+The short recipe is the defaults of `fields.py`. The paper's values are here.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from clusterq_jax.config import fields
+
+
+def kind_of(annotation: Any) -> type:
+  """Returns int, float, bool, str or tuple for a field's annotation."""
+  options = [a for a in typing.get_args(annotation) if a is not type(None)]
+  origin = typing.get_origin(annotation)
+  if origin is tuple:
+    return tuple
+  return kind_of(options[0]) if options else annotation
+
+
+def _config_dict(section: Any) -> ml_collections.ConfigDict:
+  """Returns a section's fields; None becomes a placeholder of their type."""
+  found = ml_collections.ConfigDict()
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    if dataclasses.is_dataclass(value):
+      value = _config_dict(value)
+    elif value is None:
+      value = placeholder(kind_of(field.type))
+    found[field.name] = value
+  return found
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns the short recipe on the embedded teacher.
+
+  The recipe takes minutes on two CPU cores. It departs from the paper as
+  docs/method.md explains. `config.budget` makes it longer or shorter.
+  """
+  return _config_dict(fields.Config()).lock()
+
+
+def paper() -> ml_collections.ConfigDict:
+  """Returns the paper's values for CIFAR (arXiv 2205.00179, section IV)."""
+  config = default_config()
+  config.checkpoint_every = 1000
+  config.quant.placement = 'paper'
+  config.quant.ranges = 'minmax'
+  config.quant.headroom = 0.0
+  config.generator.channels = (128, 128, 64)
+  config.generator.conditional = False
+  config.generator.prototypes = 0
+  config.generator.lr = 1e-3
+  config.student.optimizer = 'sgd'
+  config.student.lr = 1e-4
+  config.loss.statistics = 0.1
+  config.loss.sfda = 0.9
+  config.loss.diversity = 0.6
+  config.loss.noise = (0.5, 1.0)
+  config.loss.relative = False
+  config.loss.class_reduction = 'sum'
+  config.loss.student_cross_entropy = 1.0
+  config.loss.features = 0.0
+  config.centroids.decay = 0.2
+  config.schedule.batch_size = 200
+  config.schedule.warmup_steps = 10_000
+  config.schedule.generator_steps = 0
+  config.schedule.joint_steps = 70_000
+  config.schedule.student_steps = 0
+  config.schedule.pool_batches = 0
+  config.schedule.procedural_batches = 0
+  config.schedule.lr_decay = 'step'
+  config.augment.probability = 0.5
+  config.augment.mixup = 0.0
+  config.augment.adversarial = 0.0
+  config.report.log_every = 100
+  return config
+
+
+def paper_imagenet() -> ml_collections.ConfigDict:
+  """Returns the paper's values for ImageNet."""
+  config = paper()
+  config.teacher.num_classes = 1000
+  config.generator.conditional = True
+  config.student.lr = 1e-6
+  config.schedule.batch_size = 16
+  return config
+
+
+def small_batches(
+  config: ml_collections.ConfigDict, batch_size: int
+) -> ml_collections.ConfigDict:
+  """Sets the batch size, and the student's learning rates in proportion.
+
+  Large images leave memory for small batches only. The generator's rate stays:
+  BatchNorm makes its step independent of the batch.
+  """
+  ratio = batch_size / config.schedule.batch_size
+  config.schedule.batch_size = batch_size
+  config.student.lr *= ratio
+  config.student.quant_lr *= ratio
+  return config

@@ -1,0 +1,263 @@
+"""From the config that a user sets to the values that a run uses."""
+
+import dataclasses
+import json
+import math
+import typing
+from typing import Any
+
+import ml_collections
+from flax import traverse_util
+
+from clusterq_jax.config import fields, presets
+from clusterq_jax.config.fields import Config, Meaning
+from clusterq_jax.errors import InputError
+from clusterq_jax.models import registry
+
+# Version of config.json. Older files hold other fields.
+SCHEMA = 2
+# Sections that may differ between runs of one workdir.
+FREE_SECTIONS = ('dryrun', 'eval', 'export', 'report')
+# Activation ranges of the last stage are widened more where codes are many.
+_HEADROOM = {2: 0.0, 3: 0.1}
+_MOST_HEADROOM = 0.2
+
+_MEANINGS = fields.meanings()
+
+
+def flatten(config: ml_collections.ConfigDict | Config) -> dict[str, Any]:
+  """Returns dotted field name to value."""
+  if isinstance(config, Config):
+    tree = dataclasses.asdict(config)
+  else:
+    tree = config.to_dict()
+  return traverse_util.flatten_dict(tree, sep='.')
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+  """Checks a config and fills in the values that follow from others.
+
+  Args:
+    config: from `presets.default_config()`, changed.
+
+  Raises:
+    InputError: it names the field, the value found and what was expected.
+  """
+  values = flatten(config)
+  _check_names(values)
+  for name in values:
+    values[name] = _checked(name, values[name])
+  try:
+    registry.architecture(values['teacher.arch'])
+  except InputError as e:
+    raise InputError(f'config.teacher.arch: {e}') from e
+  _fill_in(values)
+  _check_schedule(values)
+  return _to_dataclass(Config, traverse_util.unflatten_dict(values, sep='.'))
+
+
+def _to_dataclass(kind: Any, tree: dict[str, Any]) -> Any:
+  hints = typing.get_type_hints(kind)
+  return kind(
+    **{
+      name: _to_dataclass(hints[name], value)
+      if dataclasses.is_dataclass(hints[name])
+      else value
+      for name, value in tree.items()
+    }
+  )
+
+
+def _check_names(values: dict[str, Any]) -> None:
+  for name in values.keys() ^ _MEANINGS.keys():
+    problem = 'unknown' if name in values else 'missing'
+    raise InputError(f'config.{name}: {problem} field')
+
+
+def _types() -> dict[str, tuple[type, bool, bool]]:
+  """Returns by field: its type, whether None is accepted, and whole numbers."""
+  found = {}
+  for outer in dataclasses.fields(Config):
+    section: Any = outer.default
+    inner = dataclasses.is_dataclass(section)
+    for field in dataclasses.fields(section) if inner else [outer]:
+      name = f'{outer.name}.{field.name}' if inner else outer.name
+      whole = 'int' in str(field.type)
+      optional = field.default is None or _MEANINGS[name].recipe is not None
+      found[name] = presets.kind_of(field.type), optional, whole
+  return found
+
+
+_TYPES = _types()
+
+
+def _is_number(value: Any) -> bool:
+  """Whether it is a finite number, of 32 bits if it is an integer."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return False
+  if isinstance(value, int):
+    return -(2**31) <= value < 2**31
+  return math.isfinite(value)
+
+
+def _checked(name: str, value: Any) -> Any:
+  """Returns a field's value, lists as tuples."""
+  kind, optional, whole = _TYPES[name]
+  if value is None and optional:
+    return None
+  if kind is tuple and isinstance(value, list):
+    value = tuple(value)
+
+  def refuse(expected: str) -> typing.NoReturn:
+    raise InputError(f'config.{name}={value!r}: expected {expected}')
+
+  numbers = value if isinstance(value, tuple) else (value,)
+  if kind is bool and not isinstance(value, bool):
+    refuse('True or False')
+  if kind is str and not (isinstance(value, str) and '\0' not in value):
+    refuse('a string')
+  if kind in (int, float, tuple):
+    if not (isinstance(value, tuple) == (kind is tuple)) or not all(
+      _is_number(n) and (isinstance(n, int) or not whole) for n in numbers
+    ):
+      what = '32-bit integer' if whole else 'finite number'
+      article = 'an' if what[0] in 'aeiou' else 'a'
+      refuse(f'{what}s' if kind is tuple else f'{article} {what}')
+    _check_bounds(_MEANINGS[name], numbers, refuse)
+  choices = _MEANINGS[name].choices
+  if choices and value not in choices:
+    refuse(f'one of {", ".join(choices)}')
+  return value
+
+
+def _check_bounds(meaning: Meaning, numbers: tuple, refuse) -> None:
+  assert meaning.bounds is not None
+  if not all(number in meaning.bounds for number in numbers):
+    refuse(str(meaning.bounds))
+  if meaning.length is not None and len(numbers) != meaning.length:
+    refuse(f'{meaning.length} numbers')
+
+
+def _fill_in(values: dict[str, Any]) -> None:
+  """Replaces each None that follows from other fields."""
+  bits = values['quant.activation_bits']
+  following = {
+    'quant.first_weight_bits': values['quant.weight_bits'],
+    'quant.last_weight_bits': values['quant.weight_bits'],
+    'quant.headroom': _HEADROOM.get(bits, _MOST_HEADROOM),
+    # The fewer bits, the more a student can err.
+    'augment.adversarial': (8 - bits) / 40,
+  }
+  for name, meaning in _MEANINGS.items():
+    if meaning.recipe is not None:
+      following[name] = max(1, round(values['budget'] * meaning.recipe))
+  filled = [
+    following[name] if values[name] is None else values[name]
+    for name in ('schedule.generator_steps', 'schedule.joint_steps')
+  ]
+  # Not more batches than the generator makes.
+  pool = following['schedule.pool_batches']
+  following['schedule.pool_batches'] = min(pool, sum(filled))
+  for name, value in following.items():
+    if values[name] is None:
+      values[name] = value
+
+
+def _check_schedule(values: dict[str, Any]) -> None:
+  """Refuses values that do not fit together."""
+  if len(values['generator.channels']) < 2:
+    raise InputError(
+      f'config.generator.channels={values["generator.channels"]!r}: expected 2 '
+      'or more numbers'
+    )
+  joint, student = (
+    values[f'schedule.{name}_steps'] for name in ('joint', 'student')
+  )
+  filled = values['schedule.generator_steps'] + joint
+  pool = values['schedule.pool_batches']
+  if not joint and not student:
+    raise InputError(
+      'config.schedule.joint_steps=0 and student_steps=0: the student would '
+      'never train; expected one above 0'
+    )
+  if student and not 0 < pool <= filled:
+    raise InputError(
+      f'config.schedule.pool_batches={pool}: student_steps draw from it; '
+      f'expected 1 to generator_steps + joint_steps = {filled}'
+    )
+  if values['generator.workdir'] and joint:
+    raise InputError(
+      f'config.generator.workdir={values["generator.workdir"]!r}: joint steps '
+      'move generator and student together; expected '
+      'config.schedule.joint_steps=0'
+    )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+  """Returns what config.json holds: the schema's version and every value."""
+  values = json.loads(json.dumps(dataclasses.asdict(config)))
+  return {'schema': SCHEMA, **values}
+
+
+def from_json(stored: dict[str, Any], where: str) -> Config:
+  """Returns the config that config.json holds.
+
+  Args:
+    stored: contents of the file.
+    where: the workdir, for the error.
+
+  Raises:
+    InputError: the file is of another version, or damaged.
+  """
+  check_schema(stored, where)
+  config = presets.default_config()
+  values = {name: value for name, value in stored.items() if name != 'schema'}
+  try:
+    config.update(values)
+  except Exception as e:  # wrong types and names raise many kinds
+    raise InputError(f'{where}: config.json is damaged ({e})') from e
+  return resolve(config)
+
+
+def check_schema(stored: dict[str, Any], where: str) -> None:
+  """Refuses the config.json of another version.
+
+  Raises:
+    InputError: it names both versions.
+  """
+  if stored.get('schema') != SCHEMA:
+    raise InputError(
+      f'{where}: config.json has schema {stored.get("schema")!r}, expected '
+      f'{SCHEMA}: the run is of another version of clusterq-jax; choose '
+      'another workdir (its student.safetensors still loads)'
+    )
+
+
+def differences(stored: dict[str, Any], config: Config) -> list[str]:
+  """Returns training fields that differ, as 'field: old -> new'.
+
+  Args:
+    stored: contents of config.json.
+    config: the new one.
+  """
+  before = traverse_util.flatten_dict(stored, sep='.')
+  after = traverse_util.flatten_dict(to_json(config), sep='.')
+  return [
+    f'{name}: {before.get(name)!r} -> {after.get(name)!r}'
+    for name in sorted(before.keys() | after.keys())
+    if name.split('.')[0] not in FREE_SECTIONS
+    and before.get(name) != after.get(name)
+  ]
+
+
+def describe(config: Config) -> str:
+  """Returns every resolved value with its meaning, a section a block."""
+  lines, section = [], ''
+  for name, value in flatten(config).items():
+    outer = name.rpartition('.')[0]
+    if outer != section:
+      lines.append('')
+      section = outer
+    lines.append(f'{name} = {value!r}')
+    lines.append(f'    {_MEANINGS[name].doc}')
+  return '\n'.join(lines)

@@ -1,0 +1,140 @@
+"""The objectives: L1 and L2 of the generator, L3 of the student.
+
+References:
+  Gao et al., ClusterQ, arXiv 2205.00179, eqs. 7, 10 and 11.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clusterq_jax.config.fields import Config, Loss
+from clusterq_jax.method import centroids as centroids_lib
+from clusterq_jax.method import losses
+from clusterq_jax.method.class_statistics import class_statistics, classes_of
+from clusterq_jax.method.networks import Answers
+from clusterq_jax.ops.moments import Moments, Statistics, batch_statistics
+
+Metrics = dict[str, jax.Array]
+
+
+class Generated(NamedTuple):
+  """A batch of the generator's images and what the networks made of it.
+
+  Attributes:
+    images: as generated, [B, H, W, C].
+    x: as the teacher saw them, augmented or not.
+    labels: classes that were asked for, int [B].
+    answers: the teacher's to x.
+    moments: of the teacher's BatchNorm inputs, [B, C_l] per layer.
+  """
+
+  images: jax.Array
+  x: jax.Array
+  labels: jax.Array
+  answers: Answers
+  moments: tuple[Moments, ...]
+
+
+def _comparable(
+  weights: Loss, found: Sequence[Statistics], stored: Sequence[Statistics]
+) -> Sequence[Statistics]:
+  """Returns statistics of the last len(found) layers in the loss's units."""
+  if not weights.relative:
+    return found
+  return losses.relative(found, stored[-len(found) :])
+
+
+def l1(weights: Loss, seen: Generated, stored: Sequence[Statistics]) -> Metrics:
+  """Returns the terms of L1 (eq. 7), and their weighted sum as 'loss'.
+
+  Args:
+    weights: of the terms.
+    seen: a batch of the generator's.
+    stored: the teacher's BatchNorm statistics, [C_l] per layer.
+  """
+  logits = seen.answers.logits
+  batch = [batch_statistics(m) for m in seen.moments]
+  statistics = losses.statistics_loss(
+    _comparable(weights, batch, stored), _comparable(weights, stored, stored)
+  )
+  inception = losses.inception_loss(logits, seen.labels)
+  return {
+    'inception': inception,
+    'statistics': statistics,
+    'accuracy': jnp.mean(jnp.argmax(logits, -1) == seen.labels),
+    'loss': inception + weights.statistics * statistics,
+  }
+
+
+def l2(
+  config: Config,
+  seen: Generated,
+  stored: Sequence[Statistics],
+  centroids: centroids_lib.Centroids,
+  first_semantic_layer: int,
+  noise_key: jax.Array,
+) -> tuple[Metrics, centroids_lib.Centroids]:
+  """Returns the terms of L2 (eq. 10), and the centroids moved (eq. 5).
+
+  Args:
+    config: weights of the terms, and the centroids' decay.
+    seen: a batch of the generator's.
+    stored: the teacher's BatchNorm statistics, [C_l] per layer.
+    centroids: of the semantic layers.
+    first_semantic_layer: index of the first of them.
+    noise_key: PRNG key of the diversity term.
+  """
+  weights = config.loss
+  # First: the order of the terms is that in which gradients are added up.
+  terms = l1(weights, seen, stored)
+  classes = classes_of(seen.labels, seen.answers.logits)
+  semantic = seen.moments[first_semantic_layer:]
+  of_batch = [class_statistics(m, classes) for m in semantic]
+  of_centroids, share = centroids_lib.expected(centroids, classes)
+  found = _comparable(weights, of_batch, stored)
+  expected = _comparable(weights, of_centroids, stored)
+  reduction = weights.class_reduction
+  sfda = losses.sfda_loss(found, expected, share, reduction)
+  diversity = losses.diversity_loss(
+    noise_key, found, expected, share, classes.first, weights.noise, reduction
+  )
+  terms |= {
+    'sfda': sfda,
+    'diversity': diversity,
+    'loss': terms['loss']
+    + (weights.sfda * sfda + weights.diversity * diversity),
+  }
+  decay = config.centroids.decay
+  return terms, centroids_lib.update(centroids, semantic, classes, decay)
+
+
+def l3(
+  weights: Loss, student: Answers, teacher: Answers, labels: jax.Array
+) -> Metrics:
+  """Returns the terms of L3 (eq. 11), and their weighted sum as 'loss'.
+
+  gamma, the weight of the divergence, is one.
+
+  Args:
+    weights: of the terms.
+    student: its answers to B images.
+    teacher: its answers to the same images.
+    labels: int [B].
+  """
+  entropy = losses.inception_loss(student.logits, labels)
+  divergence = losses.distillation_loss(student.logits, teacher.logits)
+  agree = jnp.argmax(student.logits, -1) == jnp.argmax(teacher.logits, -1)
+  loss = weights.student_cross_entropy * entropy + divergence
+  terms = {
+    'cross_entropy': entropy,
+    'distillation': divergence,
+    'agreement': jnp.mean(agree),
+  }
+  if weights.features:
+    features = losses.features_loss(student.features, teacher.features)
+    terms['features'] = features
+    loss += weights.features * features
+  return terms | {'loss': loss}

@@ -1,0 +1,50 @@
+"""--mode=evaluate: accuracy on labelled images."""
+
+from typing import Any
+
+import jax
+import ml_collections
+
+from clusterq_jax import config as config_lib
+from clusterq_jax import precision
+from clusterq_jax.deploy import student as student_lib
+from clusterq_jax.errors import InputError
+from clusterq_jax.runtime import bucket, evaluation
+from clusterq_jax.runtime import session as session_lib
+from clusterq_jax.runtime import workdir as workdir_lib
+
+
+@precision.in_float32
+@bucket.on_copy
+def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Evaluates a finished run on the images that `config.eval` names.
+
+  Args:
+    config: the run's.
+    workdir: of the run.
+
+  Returns:
+    results.json, of which only the evaluation's own keys have changed.
+
+  Raises:
+    InputError: no finished student in the workdir, or unfit images.
+  """
+  resolved = config_lib.resolve(config)
+  teacher = session_lib.load_teacher(resolved)
+  images = session_lib.load_images(resolved, teacher)
+  if images is None:
+    raise InputError(
+      "config.eval.source='none': nothing to evaluate on; expected "
+      'fashion_mnist, or npz, folder or tfds and config.eval.path=PATH'
+    )
+  networks: dict[str, evaluation.Predict] = {}
+  if resolved.eval.network != 'teacher':
+    student = student_lib.load(workdir)
+    networks['student'] = student.logits
+  if resolved.eval.network == 'integer':
+    networks['deployed'] = jax.jit(student.integer().logits)
+  with workdir_lib.open_workdir(resolved, workdir) as folder:
+    results = evaluation.of_teacher_and(
+      networks, teacher, images, resolved.eval
+    )
+    return workdir_lib.merge_results(folder, results)

@@ -1,0 +1,138 @@
+"""The training loop."""
+
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clusterq_jax import sharding
+from clusterq_jax.errors import InputError
+from clusterq_jax.method.state import TrainState
+from clusterq_jax.runtime import bucket, preemption
+from clusterq_jax.runtime import metrics as metrics_lib
+from clusterq_jax.runtime.session import Session
+
+# Steps of a process that are not profiled: the first ones wait for allocations.
+_BEFORE_TRACE = 3
+
+
+class _Log:
+  """metrics.jsonl and the progress line, one logging interval late.
+
+  Metrics are fetched when the device is long past them, so that the loop never
+  waits for it.
+  """
+
+  def __init__(self, session: Session, folder: pathlib.Path, done: int):
+    lead = sharding.is_lead()
+    file = folder / 'metrics.jsonl' if lead else pathlib.Path(os.devnull)
+    self._folder = folder
+    self._file = metrics_lib.MetricsFile(file, done)
+    self._pending: list[tuple[int, str, Any]] = []
+    self.total = session.phases[-1].end
+    self.progress = metrics_lib.Progress(
+      self.total, done, session.config.schedule.batch_size, silent=not lead
+    )
+
+  def note(self, done: int, phase: str, values: Any, bad: jax.Array) -> None:
+    """Remembers a step's metrics and writes those of the interval before."""
+    self._pending.append((done, phase, (values, bad)))
+    self.flush(keep=1)
+
+  def flush(self, keep: int = 0) -> None:
+    """Fetches and writes all but the last `keep`, which may be running.
+
+    Raises:
+      InputError: the loss or the weights are no longer finite.
+    """
+    while len(self._pending) > keep:
+      step, phase, (values, bad) = self._pending.pop(0)
+      values, bad = jax.device_get((values, bad))
+      if bad >= 0:
+        self.progress.close()
+        raise InputError(
+          f'loss or weights are no longer finite since step {bad + 1}; the '
+          f'last good one is kept in {self._folder / "checkpoints"}. Try a '
+          'lower config.generator.lr or config.student.lr, in another workdir'
+        )
+      self._file.write(step, values)
+      self.progress.update(step, phase, values)
+
+
+def _profiled(session: Session, start: int) -> range:
+  """Returns the steps that this process profiles."""
+  count = session.config.report.trace_steps if sharding.is_lead() else 0
+  return range(start + _BEFORE_TRACE, session.phases[-1].end)[:count]
+
+
+def train(
+  session: Session,
+  state: TrainState,
+  folder: pathlib.Path,
+  save: Callable[[int, TrainState], None],
+) -> tuple[TrainState, float | None]:
+  """Runs the steps that remain.
+
+  Args:
+    session: of the run.
+    state: restored, or before the first step.
+    folder: gets metrics.jsonl and trace/.
+    save: writes a checkpoint.
+
+  Returns:
+    The final state, and images per second without compilation; None without a
+    step.
+
+  Raises:
+    InputError: the loss or the weights are no longer finite.
+    Preempted: SIGTERM came; the state is saved.
+  """
+  config = session.config
+  start = done = int(state.step)
+  traced = _profiled(session, start)
+  log = _Log(session, folder, done)
+  if done:
+    log.progress.say(
+      f'{bucket.address(folder)}: resuming at step {done} of {log.total}'
+    )
+  began, compiled_before = time.monotonic(), session.compile.seconds
+  with preemption.notice() as told_to_stop:
+    for phase in session.phases:
+      if done >= phase.end:
+        continue
+      program = session.program(phase, state)
+      if done == phase.start:
+        state = session.enter(phase, state)
+      while done < phase.end:
+        if traced and done == traced.start:
+          jax.profiler.start_trace(str(folder / 'trace'))
+        state, values = program(state, *session.step_arguments)
+        done += 1
+        if traced and done == traced.stop:
+          jax.block_until_ready(values)
+          jax.profiler.stop_trace()
+        last = done == log.total
+        stop = told_to_stop(done) and not last
+        if done % config.report.log_every == 0 or last:
+          # A copy: the state itself is donated to the next step.
+          log.note(done, phase.name, values, jnp.copy(state.bad_step))
+        if stop or done % config.checkpoint_every == 0 or last:
+          log.flush()
+          if int(state.bad_step) < 0:
+            save(done, state)
+        if stop:
+          log.progress.close()
+          raise preemption.Preempted(
+            f'stopped by SIGTERM after step {done} of {log.total}, which is '
+            f'saved in {folder}; the same command goes on from there'
+          )
+  log.flush()
+  log.progress.close()
+  compiled = session.compile.seconds - compiled_before
+  seconds = time.monotonic() - began - compiled
+  rate = (done - start) * config.schedule.batch_size / seconds
+  return state, round(rate, 1) if done > start else None

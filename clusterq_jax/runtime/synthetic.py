@@ -1,0 +1,79 @@
+"""What the final generator's images tell: agreement, and samples to look at."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clusterq_jax import sharding
+from clusterq_jax.method import augment, losses
+from clusterq_jax.method.state import TrainState
+from clusterq_jax.runtime import evaluation, samples
+from clusterq_jax.runtime.session import Session
+
+HELD_OUT = 2048  # images; the forecast was fitted on as many
+
+
+def compare(session: Session, state: TrainState) -> dict[str, Any]:
+  """Compares student and teacher on generated images from unseen noise.
+
+  On images as they are the two hardly ever disagree, because the student was
+  trained on similar ones. Blended with one another they lie between classes,
+  where real images lie too.
+
+  Returns:
+    `agreement` and `blended_agreement` in percent, `blended_divergence` (mean
+    KL) in nats, and `n`, the number of images.
+  """
+  networks = session.steps.networks
+
+  def pair(state, variables, x):
+    teacher = networks.teacher_logits(variables, x)
+    student = networks.student_logits(state.student, variables, x)
+    agree = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
+    return agree, losses.distillation_loss(student, teacher)
+
+  def answers(state, variables, key):
+    image_key, mix_key = jax.random.split(key)
+    images, _ = networks.generate(state.generator, image_key)
+    x = networks.preprocessing.to_pixels(images)
+    x = networks.preprocessing.normalize(x)
+    blended = augment.mixup(mix_key, x, 1.0)
+    return [pair(state, variables, images) for images in (x, blended)]
+
+  key, variables = session.keys['held_out'], session.variables
+  batches = -(-HELD_OUT // networks.batch_size)
+  program = session.compile(answers, state, variables, key)
+  found = [program(state, variables, k) for k in jax.random.split(key, batches)]
+  found = jax.device_get(found)
+  whole = np.concatenate([agree for (agree, _), _ in found])
+  blended = np.concatenate([agree for _, (agree, _) in found])
+  divergence = float(np.mean([divergence for _, (_, divergence) in found]))
+  return {
+    'agreement': evaluation.percent(whole),
+    'blended_agreement': evaluation.percent(blended),
+    'blended_divergence': round(divergence, 6),
+    'n': len(whole),
+  }
+
+
+def save_samples(
+  session: Session, state: TrainState, folder: pathlib.Path
+) -> None:
+  """Writes samples.png and samples.npz, a class a row.
+
+  All processes have to call it; the lead writes.
+  """
+  networks = session.steps.networks
+  classes = min(networks.num_classes, samples.ROWS)
+  labels = np.repeat(np.arange(classes), samples.COLUMNS)
+  everywhere = sharding.replicated(session.mesh)
+  x, _ = jax.jit(networks.generate, out_shardings=everywhere)(
+    state.generator, session.keys['samples'], labels
+  )
+  if sharding.is_lead():
+    pixels = np.asarray(networks.preprocessing.to_pixels(jax.device_get(x)))
+    shape = (classes, samples.COLUMNS, *pixels.shape[1:])
+    samples.save(folder, pixels.reshape(shape), labels)

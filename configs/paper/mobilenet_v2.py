@@ -1,0 +1,22 @@
+"""MobileNetV2 on ImageNet, W4A4, with the paper's schedule.
+
+Paper: ClusterQ, arXiv 2205.00179 (table II: 63.33 % from a teacher of 73.03 %).
+
+    python -m clusterq_jax.main --config=configs/paper/mobilenet_v2.py \
+        --workdir=runs/paper_mobilenet_v2
+
+Needs weights/mobilenet_v2.pth, from torchvision.
+
+10,000 warm-up and 70,000 joint steps of 16 images want an accelerator. Not run
+here to the end: accuracy and time are unknown.
+"""
+
+from clusterq_jax import config as config_lib
+
+
+def get_config():
+  """Takes every number from the paper and adds the teacher."""
+  config = config_lib.paper_imagenet()
+  config.teacher.arch = 'mobilenet_v2'
+  config.teacher.weights = 'weights/mobilenet_v2.pth'
+  return config

@@ -1,0 +1,22 @@
+"""ResNet-50 on ImageNet, W4A4, with the paper's schedule.
+
+Paper: ClusterQ, arXiv 2205.00179 (no figure for this network).
+
+    python -m clusterq_jax.main --config=configs/paper/resnet50.py \
+        --workdir=runs/paper_resnet50
+
+Needs weights/resnet50.pth, from torchvision.
+
+10,000 warm-up and 70,000 joint steps of 16 images want an accelerator. Not run
+here to the end: accuracy and time are unknown.
+"""
+
+from clusterq_jax import config as config_lib
+
+
+def get_config():
+  """Takes every number from the paper and adds the teacher."""
+  config = config_lib.paper_imagenet()
+  config.teacher.arch = 'resnet50'
+  config.teacher.weights = 'weights/resnet50.pth'
+  return config
