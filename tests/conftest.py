@@ -24,12 +24,13 @@ from absl.testing import flagsaver
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from clusterq_jax import main as main_lib
-from clusterq_jax import sharding, weights
+from clusterq_jax import weights
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
-from clusterq_jax.modes import train
+from clusterq_jax.modes import quantize
 from clusterq_jax.runtime import checkpoint
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime.compiler import Compiler
+from clusterq_jax.runtime.session import Session
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -76,7 +77,7 @@ from clusterq_jax import config as config_lib
 
 
 def get_config():
-  config = config_lib.defaults()
+  config = config_lib.paper()
   config.checkpoint_every = 2
   config.teacher.arch = 'resnet8'
   config.teacher.weights = {weights!r}
@@ -92,7 +93,6 @@ def get_config():
   config.schedule.joint_steps = 2
   config.schedule.student_steps = 3
   config.schedule.pool_batches = 2
-  config.schedule.range_steps = 2
   config.eval.batch_size = 8
   config.report.log_every = 1
   return config
@@ -224,39 +224,33 @@ def finished(
 ) -> types.SimpleNamespace:
   """A whole run that nothing stopped. Tests must leave its files alone.
 
-  Attributes: config, workdir and results; teacher and steps as the run used
-  them; variables, the teacher's on the device; key, of the steps; compiled, the
-  functions that were compiled, in order; programs, their programs by name.
+  Attributes: config, workdir and results; session, and its steps, networks,
+  teacher and variables; key, of the steps; compiled, the functions that were
+  compiled, in order; programs, their programs by name.
   """
   run = types.SimpleNamespace(compiled=[], programs={})
   run.config = runpy.run_path(str(tiny_config_file))['get_config']()
   run.workdir = tmp_path_factory.mktemp('finished') / 'run'
 
-  class Recorder(train.Compiler):
+  class Recorder(Compiler):
     def __call__(self, function, *args, **kwargs):
       program = super().__call__(function, *args, **kwargs)
       run.compiled.append(function.__name__)
       run.programs[function.__name__] = program
-      if function.__name__ == 'warmup_step':
-        _, run.variables, run.key = args
       return program
 
-  def keep(name, function):
-    def wrapper(*args):
-      setattr(run, name, function(*args))
-      return getattr(run, name)
-
-    return wrapper
+  class Recorded(Session):
+    def __init__(self, *args):
+      super().__init__(*args)
+      self.compile = Recorder(self.mesh)
+      run.session = self
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'Compiler', Recorder)
-    for name, attribute in (
-      ('load_teacher', 'teacher'),
-      ('make_steps', 'steps'),
-    ):
-      original = getattr(experiment, name)
-      patch.setattr(experiment, name, keep(attribute, original))
-    run.results = train.quantize(run.config, str(run.workdir))
+    patch.setattr(quantize, 'Session', Recorded)
+    run.results = quantize.quantize(run.config, str(run.workdir))
+  run.steps, run.teacher = run.session.steps, run.session.teacher
+  run.networks = run.steps.networks
+  run.variables, run.key = run.session.step_arguments
   return run
 
 
@@ -265,13 +259,7 @@ def state_at(finished: types.SimpleNamespace) -> Callable[..., Any]:
   """Reads the state out of a checkpoint: state_at(step, folder)."""
 
   def read(step: int, workdir: pathlib.Path = finished.workdir):
-    steps = finished.steps
-    replicated = sharding.replicated(steps.mesh)
-    abstract = jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-      jax.eval_shape(steps.init, jax.random.key(0), finished.variables),
-    )
     manager = checkpoint.Checkpoints(str(workdir / 'checkpoints'))
-    return manager._checkpointer.load(step, abstract)
+    return manager._checkpointer.load(step, finished.session.abstract_state())
 
   return read

@@ -17,28 +17,21 @@ from clusterq_jax.runtime import checkpoint
 _PRELUDE = """
 import json, runpy, sys, types
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType
 from clusterq_jax import sharding
 from clusterq_jax.layers import fake_quant as layers
-from clusterq_jax.modes import train
 from clusterq_jax.quant import numerics
-from clusterq_jax.runtime import checkpoint, session
+from clusterq_jax.config import resolve
+from clusterq_jax.runtime import checkpoint
+from clusterq_jax.runtime import session as session_lib
 assert jax.device_count() == 8
-config = runpy.run_path(sys.argv[1])['get_config']()
-teacher = session.load_teacher(config)
-devices = [8]
-
-def make_mesh(batch_size):
-  return jax.make_mesh((devices[0],), ('data',), axis_types=(AxisType.Auto,),
-                       devices=jax.devices()[:devices[0]])
-
-sharding.make_mesh = make_mesh
+config = resolve(runpy.run_path(sys.argv[1])['get_config']())
+teacher = session_lib.load_teacher(config)
 
 class Run:
   def __init__(self, n, dtype):
-    devices[0] = n
-    steps = session.make_steps(config, teacher)
-    everywhere = sharding.replicated(steps.mesh)
+    run = session_lib.Session(config, teacher, jax.devices()[:n])
+    steps = run.steps
+    everywhere = sharding.replicated(run.mesh)
 
     def cast(tree):
       return jax.tree.map(
@@ -51,7 +44,7 @@ class Run:
     self.abstract = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
       self.state)
-    self.compile = train.Compiler(steps.mesh)
+    self.compile = run.compile
     self.joint_step = steps.joint_step
 
   def compiled(self):

@@ -77,7 +77,9 @@ class Networks:
     logits, written = network.apply(
       variables,
       x,
-      capture_intermediates=lambda module, _: module.name in names,
+      capture_intermediates=lambda module, method: (
+        method == '__call__' and module.name in names
+      ),
       mutable=['intermediates', *collections],
     )
     outputs = written['intermediates']

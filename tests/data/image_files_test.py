@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from clusterq_jax import data
+from clusterq_jax.config import resolve
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
 from clusterq_jax.runtime import evaluation
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
 
 
 def _write(path, seed, size=(16, 16), mode='RGB'):
@@ -91,12 +92,12 @@ def test_resize_unless_told(tmp_path, tiny_config):
   pixels = _write(tmp_path / '0' / '0.png', 0, size=(40, 24))
   tiny_config.eval.source = 'folder'
   tiny_config.eval.path = str(tmp_path)
-  loaded = experiment.load_teacher(tiny_config)
-  (found,) = experiment.load_images(tiny_config, loaded).images[:1]
+  loaded = session_lib.load_teacher(resolve(tiny_config))
+  (found,) = session_lib.load_images(resolve(tiny_config), loaded).images[:1]
   small = Image.fromarray(pixels).resize((13, 8), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(found, np.asarray(small)[:, 2:10])
   tiny_config.eval.resize = 0
-  (found,) = experiment.load_images(tiny_config, loaded).images[:1]
+  (found,) = session_lib.load_images(resolve(tiny_config), loaded).images[:1]
   np.testing.assert_array_equal(found, pixels[8:16, 16:24])
 
 

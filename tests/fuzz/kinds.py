@@ -12,7 +12,6 @@ import json
 import pathlib
 import re
 import sys
-import types
 import unittest.mock
 from collections.abc import Callable
 
@@ -26,7 +25,7 @@ from clusterq_jax import convert, data
 from clusterq_jax import main as main_lib
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.modes import train
+from clusterq_jax.modes import quantize
 from clusterq_jax.runtime import evaluation, reuse
 from clusterq_jax.weights import teacher
 from tests.fuzz import image_files, mutations, weight_files
@@ -155,14 +154,14 @@ class _ReachedError(Exception):
   """The command line got as far as compiling."""
 
 
-def _trace(config, teacher, images, steps, folder, began) -> None:
-  """In place of `train._quantize`: what comes before the first compilation."""
-  key = jax.random.key(config.seed)
-  state = jax.eval_shape(steps.init, key, teacher.variables)
-  if config.generator.workdir:
-    step = types.SimpleNamespace(sharding=None)
-    reuse.take_generator(config, teacher, key, types.SimpleNamespace(step=step))
-  jax.eval_shape(steps.generate, state.generator, key)
+def _trace(session, images, folder, began) -> None:
+  """Does what a run does before its first compilation."""
+  del folder, began
+  state = session.abstract_state()
+  if session.config.generator.workdir:
+    reuse.take_generator(session, state)
+  networks = session.steps.networks
+  jax.eval_shape(networks.generate, state.generator, session.keys['train'])
   if images is not None:
     _evaluate(images)
   raise _ReachedError
@@ -178,7 +177,7 @@ def _command(*arguments: str) -> None:
   error = io.StringIO()
   with (
     unittest.mock.patch.object(sys, 'argv', argv),
-    unittest.mock.patch.object(train, '_quantize', _trace),
+    unittest.mock.patch.object(quantize, '_quantize', _trace),
     flagsaver.as_parsed(),
     contextlib.redirect_stderr(error),
   ):
@@ -195,7 +194,7 @@ def _command(*arguments: str) -> None:
 
 
 def _fields() -> list[str]:
-  return sorted(config_lib.flatten(config_lib.defaults()))
+  return sorted(config_lib.flatten(config_lib.default_config()))
 
 
 def _flags(random: Random, seeds: Seeds, folder) -> None:
@@ -242,7 +241,7 @@ def _stored(random: Random, seeds: Seeds, folder) -> None:
       f'--config.generator.workdir={folder / name}',
       '--config.schedule.joint_steps=0',
     ]
-  stored = json.loads(config_lib.to_json(seeds.config))
+  stored = config_lib.to_json(seeds.resolved)
   if name == 'other':
     stored['schedule']['joint_steps'] = 0
   if random.integers(4):

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from clusterq_jax import weights
+from clusterq_jax.config import resolve
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.models import registry
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.weights import layouts, matching
 
 try:
@@ -27,7 +28,7 @@ from clusterq_jax import config as config_lib
 
 
 def get_config():
-  config = config_lib.defaults()
+  config = config_lib.paper()
   config.teacher.arch = 'resnet8'
   config.teacher.weights = {weights!r}
   config.generator.latent_dim = 8
@@ -78,7 +79,8 @@ class Seeds:
     self.config_file = folder / 'config.py'
     self.config_file.write_text(self.config_text(''))
     self.config = runpy.run_path(str(self.config_file))['get_config']()
-    self.loaded = experiment.load_teacher(self.config)
+    self.resolved = resolve(self.config)
+    self.loaded = session_lib.load_teacher(self.resolved)
     self._write_student(folder / student_lib.FILE)
     self.student = (folder / student_lib.FILE).read_bytes()
     pixels = random.integers(0, 256, (6, SIDE, SIDE, 3), np.uint8)
@@ -94,7 +96,7 @@ class Seeds:
     return _CONFIG.format(weights=str(self.teacher), changes=changes)
 
   def _write_student(self, path: pathlib.Path) -> None:
-    steps = experiment.make_steps(self.config, self.loaded)
+    steps = session_lib.make_steps(self.resolved, self.loaded)
     state = jax.eval_shape(steps.init, jax.random.key(0), self.loaded.variables)
     student = jax.tree.map(
       lambda s: np.full(s.shape, 0.5, s.dtype), state.student
@@ -104,8 +106,8 @@ class Seeds:
       {**student, 'batch_stats': self.loaded.variables['batch_stats']},
       ARCH,
       self.loaded.options,
-      experiment.bits_of(self.config),
-      steps.plan.learned,
+      session_lib.bits_of(self.resolved),
+      steps.networks.plan.learned,
       self.loaded.preprocessing,
       self.loaded.class_names,
     )

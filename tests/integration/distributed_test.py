@@ -13,12 +13,11 @@ import pytest
 
 _STEPS = 15
 _FLAGS = (
-  # The learning rates and range steps of the finished run's joint phase.
+  # The learning rates of the finished run's joint phase.
   '--config.schedule.warmup_steps=0',
   '--config.schedule.generator_steps=0',
   f'--config.schedule.joint_steps={_STEPS}',
   '--config.schedule.student_steps=0',
-  '--config.schedule.range_steps=7',
   '--config.checkpoint_every=3',
 )
 
@@ -149,15 +148,11 @@ def _end(processes):
 def _reference(finished):
   """Losses of one process: the finished run's programs, from the start."""
   run = finished.programs
-  everywhere = finished.key.sharding
-  root = jax.random.key(finished.config.seed)
-  init, train, centroids, calibration = (
-    jax.device_put(jax.random.fold_in(root, i), everywhere) for i in range(4)
-  )
-  state = jax.jit(finished.steps.init, out_shardings=everywhere)(
-    init, finished.variables
-  )
-  keys = jax.random.split(centroids, 8)  # 16 images of each of 4 classes
+  run_keys = finished.session.keys
+  train, calibration = run_keys['train'], run_keys['calibration']
+  state = finished.session.init()
+  # 16 images of each of 4 classes.
+  keys = jax.random.split(run_keys['centroids'], 8)
   state = run['initialize_centroids'](state, finished.variables, keys)
   state = run['calibrate_student'](state, finished.variables, calibration)
   losses = []

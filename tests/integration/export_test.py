@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from clusterq_jax import load_student
-from clusterq_jax.modes import export, train
+from clusterq_jax.modes import export, quantize
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -54,7 +54,7 @@ def exported(tiny_config_file, compile_cache, tmp_path_factory):
     section, name = field.split('.')
     config[section][name] = int(value) if value.isdigit() else value
   workdir = tmp_path_factory.mktemp('exported') / 'run'
-  train.quantize(config, str(workdir))
+  quantize.quantize(config, str(workdir))
   results = export.export(config, str(workdir))
   return types.SimpleNamespace(
     config=config, workdir=workdir, folder=workdir / 'export', results=results

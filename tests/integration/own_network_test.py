@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from clusterq_jax import config, load_student
+from clusterq_jax import load_student
 from clusterq_jax.models import registry
-from clusterq_jax.modes import train
+from clusterq_jax.runtime import session as session_lib
+from clusterq_jax.runtime import synthetic
+from clusterq_jax.runtime.compiler import Compiler
 
 _CONFIG = (
   pathlib.Path(__file__).resolve().parents[2]
@@ -29,7 +31,6 @@ _STEPS = (
   '--config.schedule.student_steps=2',
   '--config.schedule.pool_batches=1',
   '--config.schedule.procedural_batches=0',
-  '--config.eval.synthetic_images=8',
 )
 
 
@@ -96,7 +97,7 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
   # From any folder.
   monkeypatch.chdir(tmp_path)
 
-  class Fast(train.Compiler):
+  class Fast(Compiler):
     """Compiling is what takes time here."""
 
     def __call__(self, function, *args, donate=False):
@@ -108,8 +109,8 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
         }
       )
 
-  monkeypatch.setattr(train, 'Compiler', Fast)
-  monkeypatch.delitem(config._BOUNDS, 'eval.synthetic_images')
+  monkeypatch.setattr(session_lib, 'Compiler', Fast)
+  monkeypatch.setattr(synthetic, 'HELD_OUT', 8)
   for mode in ('quantize', 'export'):
     code, _, err = command(
       f'--config={_CONFIG}',

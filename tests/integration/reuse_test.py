@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
+from clusterq_jax import config as config_lib
 from clusterq_jax.deploy import student
 from clusterq_jax.errors import InputError
-from clusterq_jax.modes import train
+from clusterq_jax.modes.quantize import quantize
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def make_config(tiny_config_file):
 @pytest.fixture(scope='module')
 def source(make_config, compile_cache, tmp_path_factory):
   folder = tmp_path_factory.mktemp('source') / 'run'
-  train.quantize(make_config(), str(folder))
+  quantize(make_config(), str(folder))
   return str(folder)
 
 
@@ -37,9 +38,9 @@ def test_the_student_is_that_of_a_run_with_a_generator_of_its_own(
   make_config, source, tmp_path
 ):
   other = {'bits': 8, 'quant.ranges': 'learned'}
-  train.quantize(make_config(**other), str(tmp_path / 'own'))
+  quantize(make_config(**other), str(tmp_path / 'own'))
   config = make_config(**other, **{'generator.workdir': source})
-  results = train.quantize(config, str(tmp_path / 'taken'))
+  results = quantize(config, str(tmp_path / 'taken'))
   for name in (student.FILE, 'samples.png'):
     own, taken = (tmp_path / run / name for run in ('own', 'taken'))
     assert own.read_bytes() == taken.read_bytes()
@@ -60,13 +61,14 @@ def test_the_student_is_that_of_a_run_with_a_generator_of_its_own(
 def test_refuses(make_config, source, tmp_path, fields, message):
   config = make_config(**{'generator.workdir': source, **fields})
   with pytest.raises(InputError, match=message):
-    train.quantize(config, str(tmp_path / 'run'))
+    quantize(config, str(tmp_path / 'run'))
 
 
 def test_refuses_an_unfinished_run(make_config, source, tmp_path):
   begun = make_config(**{'schedule.student_steps': 4})
   folder = shutil.copytree(source, tmp_path / 'source')
-  (folder / 'config.json').write_text(begun.to_json())
+  stored = config_lib.to_json(config_lib.resolve(begun))
+  (folder / 'config.json').write_text(json.dumps(stored))
   config = make_config(**{'generator.workdir': str(folder)})
   with pytest.raises(InputError, match='not finished; expected .* step 19'):
-    train.quantize(config, str(tmp_path / 'run'))
+    quantize(config, str(tmp_path / 'run'))

@@ -13,7 +13,6 @@ import clusterq_jax
 from clusterq_jax import data, weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
-from clusterq_jax.modes import train
 from clusterq_jax.quant import quantizers
 from clusterq_jax.runtime import forecast, metrics
 from clusterq_jax.runtime import workdir as workdir_lib
@@ -134,11 +133,9 @@ def test_samples_are_the_generators_images(finished, state_at):
   picture = Image.open(finished.workdir / 'samples.png')
   picture.load()
   assert picture.mode == 'RGB'
-  # The stream of random numbers that samples are drawn from.
-  key = jax.random.fold_in(jax.random.key(0), train._SAMPLES)
-  key = jax.device_put(key, finished.key.sharding)
+  key = finished.session.keys['samples']
   labels = np.repeat(np.arange(4), 10)
-  generate = jax.jit(finished.steps.generate)
+  generate = jax.jit(finished.networks.generate)
   x, _ = generate(state_at(10).generator, key, labels)
   pixels = np.asarray(finished.teacher.preprocessing.to_pixels(x))
   assert picture.size == (2 * (10 * 9 - 1), 2 * (4 * 9 - 1))
@@ -171,12 +168,12 @@ def test_loaded_student(finished, state_at):
   assert (student.bits.weights, student.bits.placement) == (4, 'paper')
   state = state_at(10)
   trained = dict(state.student)
-  trained['params'] = quantizers.settle(finished.steps.plan, trained)
+  trained['params'] = quantizers.settle(finished.networks.plan, trained)
   trained['quant'] = quantizers.widen(
-    finished.steps.plan,
+    finished.networks.plan,
     trained['quant'],
-    finished.steps.graph.last_stage,
-    finished.config.quant.headroom,
+    finished.networks.graph.last_stage,
+    finished.session.config.quant.headroom,
   )
   for part in ('params', 'quant'):
     jax.tree.map(

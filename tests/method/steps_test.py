@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clusterq_jax import config as config_lib
 from clusterq_jax import weights
-from clusterq_jax.method import losses, procedural
+from clusterq_jax.method import losses, phases
+from clusterq_jax.method.pool import PoolLayout
 from clusterq_jax.ops.moments import batch_statistics
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
 
-# Where the tiny schedule's phases begin; see conftest.
-_GENERATOR, _JOINT, _STUDENT, _TOTAL = 2, 5, 7, 10
+_JOINT = 5  # where the tiny schedule's joint phase begins; see conftest
 
 
 @pytest.fixture
@@ -77,7 +78,9 @@ def _types(tree):
 @pytest.mark.parametrize('name', ['joint_step', 'student_step'])
 def test_convolutions_alone_are_in_bfloat16(finished, tiny_config, state, name):
   tiny_config.compute_dtype = 'bfloat16'
-  steps = experiment.make_steps(tiny_config, finished.teacher)
+  steps = session_lib.make_steps(
+    config_lib.resolve(tiny_config), finished.teacher
+  )
   args = state, finished.variables, finished.key
   jaxpr = jax.make_jaxpr(getattr(steps, name))(*args)
   found = list(_convolutions(jaxpr.jaxpr))
@@ -95,11 +98,11 @@ def test_convolutions_alone_are_in_bfloat16(finished, tiny_config, state, name):
 
 def _distance(finished, pixels):
   """Of the statistics of images from the stored ones, relative to their std."""
-  steps, stats = finished.steps, finished.variables['batch_stats']
-  x = steps.preprocessing.normalize(pixels)
-  _, moments = steps.teach(finished.variables, x)
+  networks, stats = finished.networks, finished.variables['batch_stats']
+  x = networks.preprocessing.normalize(pixels)
+  _, moments = networks.teach(finished.variables, x)
   total = []
-  for found, name in zip(moments, steps.graph.batch_norms, strict=True):
+  for found, name in zip(moments, networks.graph.batch_norms, strict=True):
     mean, var = stats[name]['mean'], stats[name]['var']
     batch = batch_statistics(found)
     total.append(np.mean(np.square(batch.mean - mean) / var))
@@ -108,17 +111,22 @@ def _distance(finished, pixels):
 
 
 def test_procedural_steps_fill_their_part_of_the_pool(finished, state):
-  first, batch = len(state.pool), finished.steps.batch_size
+  first, batch = len(state.pool), finished.networks.batch_size
+  s = dataclasses.replace(
+    finished.steps.config.schedule, warmup_steps=8, generator_steps=0
+  )
   steps = dataclasses.replace(
-    finished.steps, procedural_batches=2, procedural_start=8
+    finished.steps,
+    config=dataclasses.replace(finished.steps.config, schedule=s),
+    pool=PoolLayout(2, 2, batch, finished.networks.preprocessing),
   )
   pool = jnp.concatenate([state.pool, jnp.zeros_like(state.pool[: 2 * batch])])
   run = jax.jit(steps.procedural_step)
   seen, now = [], state.replace(pool=pool)
-  for _ in range(2 * procedural.STEPS):
+  for _ in range(2 * phases.PROCEDURAL_STEPS):
     now, metrics = run(now, finished.variables, finished.key)
     seen.append(now.pool[first:])
-  assert now.step == 8 + 2 * procedural.STEPS
+  assert now.step == 8 + 2 * phases.PROCEDURAL_STEPS
   assert metrics['procedural/loss'] > 0
   for part in ('generator', 'student', 'centroids'):
     assert _same(getattr(now, part), getattr(state, part)), part
@@ -134,11 +142,10 @@ def test_procedural_steps_fill_their_part_of_the_pool(finished, state):
   assert not _same(seen[-1][:batch], seen[-1][batch:])
 
   # What calibrates the student.
-  images = steps._calibration_images(now, finished.key)
-  np.testing.assert_array_equal(images, steps.preprocessing.normalize(seen[-1]))
-  assert not _same(
-    images, finished.steps._calibration_images(state, finished.key)
-  )
+  images = steps.pool.first_procedural(now.pool, batches=4)
+  prep = finished.networks.preprocessing
+  np.testing.assert_array_equal(images, prep.normalize(seen[-1]))
+  assert len(steps.pool.first_procedural(now.pool, batches=1)) == batch
 
 
 # --- What moves --------------------------------------------------------------
@@ -195,7 +202,7 @@ def test_loss_is_the_weighted_sum(step, state, finished):
   )
   assert m['student/loss'] == pytest.approx(
     m['student/cross_entropy']
-    + weights.distillation * m['student/distillation']
+    + m['student/distillation']
     + weights.features * m['student/features'],
     rel=1e-5,
   )
@@ -207,7 +214,7 @@ def test_loss_is_the_weighted_sum(step, state, finished):
 def _images(finished, state, at):
   """What the generator makes in the step `at`, and with which labels."""
   key = jax.random.fold_in(finished.key, at)
-  return jax.jit(finished.steps.generate)(
+  return jax.jit(finished.networks.generate)(
     state.generator, jax.random.split(key, 3)[0]
   )
 
@@ -250,17 +257,20 @@ def test_half_of_the_images_move_to_where_the_student_differs(state, finished):
   params = {**state.student['params'], 'classifier': other}
   state = state.replace(student={**state.student, 'params': params})
   teacher = finished.variables
-  x = finished.steps.preprocessing.normalize(state.pool[:8])
+  x = finished.networks.preprocessing.normalize(state.pool[:8])
 
   def harden(size):
-    steps = dataclasses.replace(finished.steps, augment_adversarial=size)
+    config = finished.steps.config
+    changed = dataclasses.replace(config.augment, adversarial=size)
+    config = dataclasses.replace(config, augment=changed)
+    steps = dataclasses.replace(finished.steps, config=config)
     return steps._harden(jax.random.key(0), state, teacher, x)
 
   @jax.jit
   def divergence(x):
-    student = finished.steps.student_logits(state.student, teacher, x)
+    student = finished.networks.student_logits(state.student, teacher, x)
     return losses.distillation_loss(
-      student, finished.steps.teacher_logits(teacher, x)
+      student, finished.networks.teacher_logits(teacher, x)
     )
 
   assert harden(0.0) is x
@@ -293,8 +303,10 @@ def test_student_loss_is_that_of_pool_images(step, state, finished):
 
   @jax.jit
   def logits(x):
-    teacher = steps.teacher_logits(finished.variables, x)
-    return teacher, steps.student_logits(state.student, finished.variables, x)
+    teacher = finished.networks.teacher_logits(finished.variables, x)
+    return teacher, finished.networks.student_logits(
+      state.student, finished.variables, x
+    )
 
   teacher, student = (
     np.float64(jax.nn.log_softmax(a)) for a in logits(jnp.float32(x))
@@ -333,13 +345,16 @@ def test_student_batch_norm_statistics_are_the_teachers(
   assert float(before['student/loss']) != float(after['student/loss'])
 
 
-def test_student_ranges_freeze(step, state, finished):
-  frozen = finished.steps.range_steps
-  assert frozen == _JOINT + finished.config.schedule.range_steps
-  new, _ = step('student_step', state, at=frozen - 1)
-  assert not _same(new.student['quant'], state.student['quant'])
-  new, _ = step('student_step', state, at=frozen)
-  assert _same(new.student['quant'], state.student['quant'])
+def test_student_ranges_freeze(state, finished):
+  steps = dataclasses.replace(finished.steps, range_steps=2)
+  run = jax.jit(steps.student_step)
+
+  def quant_after(step):
+    before = state.replace(step=jnp.full((), step, jnp.int32))
+    return run(before, finished.variables, finished.key)[0].student['quant']
+
+  assert not _same(quant_after(_JOINT + 1), state.student['quant'])
+  assert _same(quant_after(_JOINT + 2), state.student['quant'])
 
 
 # --- Centroids ---------------------------------------------------------------
@@ -359,7 +374,7 @@ def test_initial_centroids_differ_between_classes(finished, initial):
   new, _ = initial
   seen = np.flatnonzero(new.seen)
   assert len(seen) >= 3
-  assert len(new.layers) == len(finished.steps.graph.batch_norms) - (
+  assert len(new.layers) == len(finished.networks.graph.batch_norms) - (
     finished.steps.first_semantic_layer
   )
   for layer in new.layers:
@@ -378,8 +393,8 @@ def test_initial_centroids_are_means_over_all_images(finished, state, initial):
 
   @jax.jit
   def batch(key):
-    x, labels = finished.steps.generate(state.generator, key)
-    answers, moments = finished.steps.teach(finished.variables, x)
+    x, labels = finished.networks.generate(state.generator, key)
+    answers, moments = finished.networks.teach(finished.variables, x)
     return labels, jnp.argmax(answers.logits, -1), moments
 
   batches = jax.device_get([batch(key) for key in keys])
@@ -429,42 +444,3 @@ def test_every_program_is_compiled_once(finished, step, state):
   # Other shapes are refused, not compiled for.
   with pytest.raises(TypeError):
     step('student_step', state.replace(pool=state.pool[:8]))
-
-
-# --- Learning rates ----------------------------------------------------------
-
-
-def _rates(config, finished):
-  steps = experiment.make_steps(config, finished.teacher)
-  at = range(_TOTAL + 1)
-  return [
-    np.array([float(rate(jnp.int32(i))) for i in at])
-    for rate in (steps.generator_lr, steps.student_lr, steps.quant_lr)
-  ]
-
-
-def test_step_schedule(finished, tiny_config):
-  tiny_config.schedule.lr_boundaries = (3, 6)
-  tiny_config.schedule.lr_factor = 0.1
-  factor = np.array([1] * 3 + [0.1] * 3 + [0.01] * 5)
-  for rate, base in zip(
-    _rates(tiny_config, finished), (1e-3, 1e-4, 1e-3), strict=True
-  ):
-    np.testing.assert_allclose(rate, base * factor, rtol=1e-5)
-
-
-def test_cosine_schedule(finished, tiny_config):
-  tiny_config.schedule.lr_decay = 'cosine'
-  generator, student, quant = _rates(tiny_config, finished)
-  # The generator's runs to its own end, the student's from its own start.
-  i = np.arange(_TOTAL + 1)
-
-  def cosine(t):
-    return (1 + np.cos(np.pi * np.clip(t, 0, 1))) / 2
-
-  np.testing.assert_allclose(
-    generator, 1e-3 * cosine(i / _STUDENT), rtol=1e-4, atol=1e-10
-  )
-  t = (i - _JOINT) / (_TOTAL - _JOINT)
-  np.testing.assert_allclose(student, 1e-4 * cosine(t), rtol=1e-4, atol=1e-11)
-  np.testing.assert_allclose(quant, 10 * student, rtol=1e-4, atol=1e-10)

@@ -114,14 +114,14 @@ def test_an_unknown_name_comes_with_the_way_out():
 
 
 def test_config_knows_what_is_registered():
-  config = config_lib.defaults()
+  config = config_lib.default_config()
   config.teacher.arch = 'net'
   with pytest.raises(
     InputError, match=r"config\.teacher\.arch.*'net'.*import first the file"
   ):
-    config_lib.validate(config)
+    config_lib.resolve(config)
   _register()
-  config_lib.validate(config)
+  config_lib.resolve(config)
 
 
 def test_the_newest_registration_counts(file):

@@ -1,6 +1,7 @@
 """The page: names stay text, and every section tells what it lacks."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import types
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from clusterq_jax import config as config_lib
+from clusterq_jax.method import phases
 from clusterq_jax.report import diagnostics, page
 
 _HOSTILE = '</td></svg><script src="x">alert(1)</script>&amp;'
@@ -49,13 +51,18 @@ def make_run(monkeypatch, tmp_path):
     teacher = types.SimpleNamespace(
       graph=graph, class_names=['ant', _HOSTILE], num_classes=2
     )
-    config = config_lib.defaults()
-    config.teacher.arch = _HOSTILE
+    config = config_lib.resolve(config_lib.default_config())
+    changed = dataclasses.replace(config.teacher, arch=_HOSTILE)
+    config = dataclasses.replace(config, teacher=changed)
+    session = types.SimpleNamespace(
+      config=config,
+      teacher=teacher,
+      phases=phases.phases(config.schedule),
+      steps=types.SimpleNamespace(first_semantic_layer=1),
+    )
     run = {
-      'config': config,
+      'session': session,
       'folder': tmp_path,
-      'teacher': teacher,
-      'steps': types.SimpleNamespace(first_semantic_layer=1),
       'state': None,
       'results': {},
       'lines': [],

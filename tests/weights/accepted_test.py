@@ -228,4 +228,4 @@ def test_npz(tmp_path, save, kind):
 def test_config(name, bits):
   config = runpy.run_path(str(_ROOT / 'configs' / f'{name}.py'))['get_config']()
   config.quant.weight_bits = config.quant.activation_bits = bits
-  config_lib.validate(config)
+  config_lib.resolve(config)

@@ -1,0 +1,121 @@
+"""Every shipped config goes through each phase."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import pytest
+
+from benchmarks import random_weights
+from clusterq_jax import config as config_lib
+from clusterq_jax.models import registry
+from clusterq_jax.runtime.session import Session
+
+_FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
+_FILES = sorted([*_FOLDER.glob('*.py'), *_FOLDER.glob('paper/*.py')])
+# Losses of configs/paper/cifar10_resnet20.py at commit 175d841, shrunk as in
+# `test_the_paper_computes_the_losses_of_the_first_edition`.
+_PAPER = json.loads("""[
+{"generator/inception": 10.93884, "generator/loss": 11.1913,
+ "generator/statistics": 2.524634},
+{"generator/inception": 11.7228, "generator/loss": 11.93619,
+ "generator/statistics": 2.133895},
+{"generator/diversity": 1.426258, "generator/inception": 10.69185,
+ "generator/loss": 11.90935, "generator/sfda": 0.1791076,
+ "generator/statistics": 2.005512, "student/cross_entropy": 9.742893,
+ "student/distillation": 0.08836202, "student/loss": 9.831255},
+{"generator/diversity": 1.54225, "generator/inception": 10.15732,
+ "generator/loss": 11.52716, "generator/sfda": 0.3301513,
+ "generator/statistics": 1.473468, "student/cross_entropy": 6.83584,
+ "student/distillation": 0.2213258, "student/loss": 7.057166}
+]""")
+
+
+def _shrunk(path):
+  """The config with a step of each phase that it has."""
+  config = runpy.run_path(str(path))['get_config']()
+  s = config_lib.resolve(config).schedule
+  for name in ('warmup_steps', 'generator_steps', 'joint_steps'):
+    config.schedule[name] = min(1, getattr(s, name))
+  config.schedule.student_steps = min(1, s.student_steps)
+  config.schedule.pool_batches = min(1, s.pool_batches)
+  config.schedule.procedural_batches = min(1, s.procedural_batches)
+  config.schedule.batch_size = 2
+  config.centroids.images_per_class = 1
+  return config
+
+
+def _session(config):
+  """Its session, with random weights in place of the config's own."""
+  resolved = config_lib.resolve(config)
+  arch = resolved.teacher.arch
+  classes = resolved.teacher.num_classes or 10
+  if resolved.teacher.weights == 'embedded':
+    return Session(resolved)
+  return Session(resolved, random_weights.teacher(arch, classes))
+
+
+def _name(path):
+  return str(path.relative_to(_FOLDER).with_suffix(''))
+
+
+def _is_large(path):
+  config = runpy.run_path(str(path))['get_config']()
+  return bool(registry.architecture(config.teacher.arch).preprocessing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', _FILES, ids=_name)
+def test_every_phase_can_be_traced(path):
+  session = _session(_shrunk(path))
+  state = jax.eval_shape(
+    session.steps.init, jax.random.key(0), session.variables
+  )
+  args = session.step_arguments
+  for phase in session.phases:
+    step = getattr(session.steps, phase.step)
+    state, metrics = jax.eval_shape(step, state, *args)
+    assert metrics
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('path', _FILES, ids=_name)
+def test_a_step_of_every_phase(path):
+  session = _session(_shrunk(path))
+  state = session.init()
+  for phase in session.phases:
+    program = session.program(phase, state)
+    state = session.enter(phase, state)
+    for _ in range(min(phase.length, 1)):
+      state, metrics = program(state, *session.step_arguments)
+    assert all(abs(float(value)) < 1e6 for value in metrics.values())
+  assert int(state.bad_step) == -1
+  assert int(state.step) == len(session.phases)
+
+
+@pytest.mark.slow
+def test_the_paper_computes_the_losses_of_the_first_edition():
+  path = _FOLDER / 'paper' / 'cifar10_resnet20.py'
+  config = runpy.run_path(str(path))['get_config']()
+  config.teacher.weights = 'embedded'
+  for field in ('image_size', 'mean', 'std'):
+    config.teacher[field] = None
+  config.schedule.batch_size = 16
+  config.schedule.warmup_steps = 2
+  config.schedule.joint_steps = 2
+  config.centroids.images_per_class = 4
+  session = Session(config_lib.resolve(config))
+  state, found = session.init(), []
+  for phase in session.phases:
+    program = session.program(phase, state)
+    state = session.enter(phase, state)
+    for _ in range(phase.length):
+      state, metrics = program(state, *session.step_arguments)
+      found.append({name: float(value) for name, value in metrics.items()})
+  for expected, metrics in zip(_PAPER, found, strict=True):
+    for name, value in expected.items():
+      # Later steps carry the rounding of earlier ones on.
+      assert metrics[name] == pytest.approx(value, rel=2e-2), name
+  for name, value in _PAPER[0].items():
+    assert found[0][name] == pytest.approx(value, rel=1e-4), name
