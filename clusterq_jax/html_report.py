@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from clusterq_jax import (
@@ -203,11 +204,11 @@ def _newest_state(
   folder: pathlib.Path, steps: Steps, teacher: Teacher
 ) -> TrainState | None:
   """None without a checkpoint."""
-  checkpoints = folder / 'checkpoints'
-  if not checkpoints.is_dir():
+  checkpoints = bucket.address(folder / 'checkpoints')
+  if not epath.Path(checkpoints).exists():
     return None
   abstract = steps.abstract_state(jax.random.key(0), teacher.variables)
-  restored = checkpoint.Checkpoints(str(checkpoints)).restore(abstract, print)
+  restored = checkpoint.Checkpoints(checkpoints).restore(abstract, print)
   return restored[0] if restored else None
 
 

@@ -260,21 +260,23 @@ def _quantize(
   # ------------------------------------------------- state: resume or begin
   init = jax.jit(steps.init, out_shardings=replicated)
   init_args = run.keys[_INIT], run.variables
-  checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
+  checkpoints = checkpoint.Checkpoints(bucket.address(folder / 'checkpoints'))
   restored = checkpoints.restore(steps.abstract_state(*init_args), say=print)
   if restored is None:
     state, wall_before = init(*init_args), 0.0
     if config.generator.workdir:
       state = reuse.take_generator(config, teacher, run.keys[_INIT], state)
-    checkpoints.save(int(state.step), state, 0.0)
     bucket.upload(folder)
+    checkpoints.save(int(state.step), state, 0.0)
   else:
     state, wall_before = restored
 
   # --------------------------------------------------------------- the loop
   def save(step: int, state: TrainState) -> None:
-    checkpoints.save(step, state, wall_before + time.monotonic() - began)
+    # First: a run that resumes drops the losses of later steps, and needs those
+    # of earlier ones.
     bucket.upload(folder)
+    checkpoints.save(step, state, wall_before + time.monotonic() - began)
 
   state, images_per_s = _train(run, state, folder, save)
 
