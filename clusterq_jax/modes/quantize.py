@@ -64,17 +64,19 @@ def _quantize(
   began: float,
 ) -> dict[str, Any]:
   """Runs a session; began: when it started, on the monotonic clock."""
-  checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
+  checkpoints = checkpoint.Checkpoints(bucket.address(folder / 'checkpoints'))
   restored = checkpoints.restore(session.abstract_state(), say=print)
   state, wall_before = restored or (_first_state(session), 0.0)
 
   def save(step: int, state: TrainState) -> None:
-    checkpoints.save(step, state, wall_before + time.monotonic() - began)
+    # The losses first: a run that resumes needs those before the checkpoint,
+    # and drops later ones.
     bucket.upload(folder)
+    checkpoints.save(step, state, wall_before + time.monotonic() - began)
 
   if restored is None:
-    checkpoints.save(int(state.step), state, 0.0)
     bucket.upload(folder)
+    checkpoints.save(int(state.step), state, 0.0)
   state, images_per_s = loop.train(session, state, folder, save)
 
   state = session.deliver(state)

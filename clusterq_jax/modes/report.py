@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import data, precision
@@ -86,10 +87,10 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _newest_state(folder: pathlib.Path, session: Session) -> TrainState | None:
   """Returns the state of the newest checkpoint; None without a checkpoint."""
-  checkpoints = folder / 'checkpoints'
-  if not checkpoints.is_dir():
+  checkpoints = bucket.address(folder / 'checkpoints')
+  if not epath.Path(checkpoints).exists():
     return None
-  restored = checkpoint.Checkpoints(str(checkpoints)).restore(
+  restored = checkpoint.Checkpoints(checkpoints).restore(
     session.abstract_state(), print
   )
   return restored[0] if restored else None

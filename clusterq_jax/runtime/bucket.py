@@ -1,9 +1,10 @@
 """Workdirs in a bucket, gs://BUCKET/PATH: a local copy, and its upload.
 
-A mode works on the copy. What it changed is uploaded after every checkpoint and
-at the end, also of a run that fails; one that is killed resumes from what the
-bucket holds. A bucket has no locks: a second run on the same path is not
-noticed.
+Checkpoints are not in the copy: Orbax writes them to the bucket, and every
+process reads them there. The rest is small. What a mode changed of it is
+uploaded before every checkpoint and at the end, also of a run that fails; one
+that is killed resumes from what the bucket holds. A bucket has no locks: a
+second run on the same path is not noticed.
 """
 
 import functools
@@ -13,16 +14,13 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
+from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
 from clusterq_jax.runtime.preemption import Preempted
 
 PREFIX = 'gs://'
-# A checkpoint without it is not whole.
-_WHOLE = '_CHECKPOINT_METADATA'
 # What is being written, and what means something on this machine alone.
-_LOCAL = ('.tmp', '.lock', '.orbax-checkpoint-tmp')
+_LOCAL = ('.tmp', '.lock')
 
 
 class _Copy:
@@ -34,34 +32,29 @@ class _Copy:
   """
 
   def __init__(self, url: str):
-    """Downloads all that is there."""
+    """Downloads what is there, in the lead; the others need none of it."""
     self.url = url.rstrip('/')
     self._root = self.url.removeprefix(PREFIX)
     self._files = _file_system(url)
     self.folder = pathlib.Path(tempfile.mkdtemp(prefix='clusterq-')).resolve()
     try:
-      self._download()
+      if sharding.is_lead():
+        self._download()
     except Exception as e:  # the network and the service raise many kinds
       self.remove()
       raise InputError(f'{url}: cannot be read ({_reason(e)})') from e
+    self._sent = self._present()
 
   def _download(self) -> None:
-    found = {
-      name.removeprefix(f'{self._root}/')
-      for name in self._files.find(self._root)
-    }
-    for name in found:
-      folders = name.split('/')
-      if folders[0] == 'checkpoints':
-        if '/'.join([*folders[:2], _WHOLE]) not in found:
-          continue
+    for file in self._files.find(self._root):
+      name = file.removeprefix(f'{self._root}/')
+      if name.startswith('checkpoints/'):
+        continue
       path = self.folder / name
       if not path.resolve().is_relative_to(self.folder):
         raise ValueError(f'{name!r} leads out of the workdir')
       path.parent.mkdir(parents=True, exist_ok=True)
-      self._files.get_file(f'{self._root}/{name}', str(path))
-    # What was left behind is removed by the next upload.
-    self._sent = {**dict.fromkeys(found, (0, 0)), **self._present()}
+      self._files.get_file(file, str(path))
 
   def _present(self) -> dict[str, tuple[int, int]]:
     """Time and size of every file to upload, by its name in the workdir."""
@@ -77,12 +70,10 @@ class _Copy:
     """Makes the bucket hold what the copy holds."""
     present = self._present()
     changed = [n for n, what in present.items() if self._sent.get(n) != what]
-    gone = self._sent.keys() - present.keys()
     try:
-      # A checkpoint's mark is the last to come and the first to go.
-      for name in sorted(changed, key=_is_mark):
+      for name in changed:
         self._files.put_file(str(self.folder / name), f'{self._root}/{name}')
-      for name in sorted(gone, key=_is_mark, reverse=True):
+      for name in self._sent.keys() - present.keys():
         self._files.rm_file(f'{self._root}/{name}')
     except Exception as e:
       raise InputError(
@@ -96,10 +87,6 @@ class _Copy:
 
 
 _copies: dict[pathlib.Path, _Copy] = {}
-
-
-def _is_mark(name: str) -> bool:
-  return name.endswith(_WHOLE)
 
 
 def _reason(e: Exception) -> str:
@@ -140,7 +127,7 @@ def on_copy(mode: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
   """Lets a mode, called with config and workdir, work on buckets, too.
 
   It then also raises InputError where the bucket cannot be read or written to,
-  gcsfs is not installed, or there are several processes.
+  or gcsfs is not installed.
   """
 
   @functools.wraps(mode)
@@ -149,12 +136,6 @@ def on_copy(mode: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
       return mode(config, workdir)
     if not all(workdir.removeprefix(PREFIX).partition('/')):
       raise InputError(f'{workdir}: expected gs://BUCKET/PATH')
-    if jax.process_count() > 1:
-      raise InputError(
-        f'{workdir}: several processes need a folder; mount the bucket on '
-        'every host, say with gcsfuse BUCKET /mnt/BUCKET, and give '
-        '--workdir=/mnt/BUCKET/...'
-      )
     copy = _Copy(workdir)
     _copies[copy.folder] = copy
     try:

@@ -1,13 +1,15 @@
 """Checkpoints of the train state, with Orbax.
 
-A checkpoint is written to a temporary folder and renamed when whole, so one cut
-short is never taken for a whole one; should the newest be unreadable all the
-same, the one before it is used, and that is said.
+A checkpoint is written to a temporary folder and renamed when whole; in a
+bucket it is marked when whole. So one cut short is never taken for a whole one;
+should the newest be unreadable all the same, the one before it is used, and
+that is said.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,21 +21,39 @@ from clusterq_jax.errors import InputError
 _KEPT = 2
 
 
+@contextlib.contextmanager
+def _one_line(what: str, then: str = '') -> Iterator[None]:
+  """Makes an InputError of what Orbax and its libraries raise, many kinds."""
+  try:
+    yield
+  except Exception as e:
+    # All meet here, but the lead alone writes. What stops the others, or comes
+    # from the devices, is a process that is gone, not the disk.
+    if not sharding.is_lead() or isinstance(e, jax.errors.JaxRuntimeError):
+      raise
+    reason = (str(e).strip() or repr(e)).splitlines()[0]
+    raise InputError(f'{what} ({reason}){then}') from e
+
+
 class Checkpoints:
   """The checkpoints of one workdir, the newest two kept."""
 
   def __init__(self, directory: str):
+    """Looks for checkpoints in a folder, or at gs://BUCKET/PATH.
+
+    Raises:
+      InputError: it cannot be read or written to.
+    """
     # Its errors come as exceptions too; logged, they are pages of tracebacks.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
-    self._directory = os.path.abspath(directory)
-    try:
+    in_bucket = '://' in directory
+    self._directory = directory if in_bucket else os.path.abspath(directory)
+    with _one_line(f'{directory}: cannot be written'):
       self._checkpointer = ocp.training.Checkpointer(
         self._directory,
         preservation_policy=ocp.training.preservation_policies.LatestN(_KEPT),
         cleanup_tmp_directories=True,
       )
-    except OSError as e:
-      raise InputError(f'{directory}: cannot be written: {e.strerror}') from e
 
   def save(self, step: int, state: Any, wall_s: float) -> None:
     """Saves, and returns once the checkpoint is whole.
@@ -43,21 +63,14 @@ class Checkpoints:
         several processes that is the lead's to say; the others raise what
         stopped them.
     """
-    try:
+    with _one_line(
+      f'{self._directory}: checkpoint {step} cannot be written',
+      '; the checkpoints before it are kept',
+    ):
       # Over one that is there already: it could not be read.
       self._checkpointer.save(
         step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
       )
-    except Exception as e:  # Orbax and TensorStore raise many kinds
-      # All meet here, but the lead alone writes. What stops the others, or
-      # comes from the devices, is a process that is gone, not the disk.
-      if not sharding.is_lead() or isinstance(e, jax.errors.JaxRuntimeError):
-        raise
-      reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
-      raise InputError(
-        f'{self._directory}: checkpoint {step} cannot be written ({reason}); '
-        'the checkpoints before it are kept'
-      ) from e
 
   def restore(
     self, abstract: Any, say: Callable[[str], None]

@@ -1,5 +1,6 @@
-"""A run in a bucket, of a server on this machine that speaks as the cloud's."""
+"""Runs in a bucket, of a server on this machine that speaks as the cloud's."""
 
+import http.server
 import json
 import socket
 import time
@@ -11,28 +12,47 @@ import pytest
 import clusterq_jax
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-  """The files in an empty bucket, as fsspec shows them."""
-  # gcsfs looks at it once. The server does not speak what it is about.
-  monkeypatch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-  gcsfs = pytest.importorskip('gcsfs', reason='pip install gcsfs')
-  emulator = pytest.importorskip(
-    'gcp_storage_emulator.server', reason='pip install gcp-storage-emulator'
-  )
-  # Nobody is asked for credentials: here, and in other processes.
-  monkeypatch.setitem(fsspec.config.conf, 'gcs', {'token': 'anon'})
-  monkeypatch.setenv('FSSPEC_GCS_TOKEN', 'anon')
+def _free_port():
   with socket.socket() as found:
     found.bind(('localhost', 0))
-    port = found.getsockname()[1]
-  monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://localhost:{port}')
-  gcsfs.GCSFileSystem.clear_instance_cache()
-  with emulator.create_server(
-    'localhost', port, in_memory=True, default_bucket='bucket'
-  ):
-    yield gcsfs.GCSFileSystem(use_listings_cache=False)
-  gcsfs.GCSFileSystem.clear_instance_cache()
+    return found.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def bucket():
+  """The files in a bucket, as fsspec shows them.
+
+  One for all tests: the libraries keep what they once found.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    # gcsfs looks at it once. The server does not speak what it is about.
+    patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+    gcsfs = pytest.importorskip('gcsfs', reason='pip install gcsfs')
+    emulator = pytest.importorskip(
+      'gcp_storage_emulator.server', reason='pip install gcp-storage-emulator'
+    )
+    # Nobody is asked for credentials: here, and in other processes.
+    patch.setitem(fsspec.config.conf, 'gcs', {'token': 'anon'})
+    patch.setenv('FSSPEC_GCS_TOKEN', 'anon')
+    patch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'none')  # TensorStore
+    port = _free_port()
+    for name in 'STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL':
+      patch.setenv(name, f'http://localhost:{port}')
+    # Else connections wait for a second where several come at once.
+    patch.setattr(http.server.HTTPServer, 'request_queue_size', 128)
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with emulator.create_server(
+      'localhost', port, in_memory=True, default_bucket='bucket'
+    ):
+      yield gcsfs.GCSFileSystem(use_listings_cache=False)
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def _wait(process, condition):
+  end = time.monotonic() + 300
+  while process.poll() is None and not condition():
+    assert time.monotonic() < end
+    time.sleep(0.05)
 
 
 def test_killed_resumed_and_evaluated(
@@ -41,11 +61,8 @@ def test_killed_resumed_and_evaluated(
   flags = f'--config={tiny_config_file}', '--workdir=gs://bucket/runs/a'
   # A killed run leaves its copy there.
   process = spawn('-m', 'clusterq_jax.main', *flags, TMPDIR=str(tmp_path))
-  end = time.monotonic() + 300
-  while process.poll() is None and time.monotonic() < end:
-    if bucket.exists('bucket/runs/a/checkpoints/4/_CHECKPOINT_METADATA'):
-      break
-    time.sleep(0.05)
+  mark = 'bucket/runs/a/checkpoints/4/commit_success.txt'
+  _wait(process, lambda: bucket.exists(mark))
   process.kill()
   _, error = process.communicate()
   assert process.returncode == -9, error
@@ -77,3 +94,69 @@ def test_killed_resumed_and_evaluated(
   results = json.loads(bucket.cat_file('bucket/runs/a/results.json'))
   assert results['student']['top1'] == 100.0
   assert results['steps'] == 10
+
+  code, _, error = command(*flags, '--mode=report')
+  assert code == 0, error
+  assert b'<svg' in bucket.cat_file('bucket/runs/a/report.html')
+
+
+def test_several_processes(bucket, spawn, tiny_config_file, tmp_path):
+  """One is killed; the same command goes on, and ends."""
+
+  def start():
+    address = f'localhost:{_free_port()}'
+    return [
+      spawn(
+        '-m',
+        'clusterq_jax.main',
+        '--distributed=on',
+        f'--coordinator_address={address}',
+        '--num_processes=2',
+        f'--process_id={i}',
+        f'--config={tiny_config_file}',
+        '--workdir=gs://bucket/runs/b',
+        # Few programs to compile: those of distributed_test.py.
+        '--config.schedule.warmup_steps=0',
+        '--config.schedule.generator_steps=0',
+        '--config.schedule.joint_steps=15',
+        '--config.schedule.student_steps=0',
+        '--config.schedule.range_steps=7',
+        '--config.checkpoint_every=3',
+        JAX_PLATFORMS='cpu',
+        TMPDIR=str(tmp_path),
+      )
+      for i in range(2)
+    ]
+
+  def end(processes):
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+  lead, other = start()
+  mark = 'bucket/runs/b/checkpoints/3/commit_success.txt'
+  _wait(lead, lambda: bucket.exists(mark))
+  other.kill()
+  killed_at = time.monotonic()
+  codes, said = end((lead, other))
+  assert codes == [1, -9], said
+  assert time.monotonic() - killed_at < 60
+
+  codes, said = end(start())
+  assert codes == [0, 0], said
+  assert 'gs://bucket/runs/b: resuming at step' in said[0]
+  lines = bucket.cat_file('bucket/runs/b/metrics.jsonl').splitlines()
+  assert [json.loads(line)['step'] for line in lines] == list(range(1, 16))
+  results = json.loads(bucket.cat_file('bucket/runs/b/results.json'))
+  assert results['steps'] == 15
+  assert len(results['devices']) == 2
+
+
+def test_no_such_bucket(bucket, command, tiny_config_file):
+  workdir = 'gs://elsewhere/runs/a'
+  code, _, error = command(
+    f'--config={tiny_config_file}', f'--workdir={workdir}'
+  )
+  assert code == 2
+  assert error.splitlines()[-1].startswith(
+    f'error: {workdir}: cannot be read (FileNotFoundError'
+  )

@@ -1,11 +1,10 @@
-"""A workdir in a bucket: what is downloaded and uploaded, and in what order.
+"""A workdir in a bucket: what is downloaded and uploaded, and what is not.
 
 A folder stands for the service.
 """
 
 import pathlib
 
-import jax
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -89,23 +88,18 @@ def test_a_run_that_fails(run):
   assert _names(run) == {'results'}
 
 
-def test_checkpoints_cut_short(run):
-  """They are neither used nor left there."""
-  mark = 'checkpoints__{}___CHECKPOINT_METADATA'
-  _write(run, **{mark.format(1): '', 'checkpoints__1__state__d': '1'})
-  _write(run, checkpoints__2__state__d='2')
+def test_checkpoints(run):
+  """They stay where they are."""
+  _write(run, checkpoints__1__state__d='1', kept='2')
 
   def body(folder):
-    assert {path.name for path in (folder / 'checkpoints').iterdir()} == {'1'}
-    assert len(_names(folder)) == 2
+    assert _names(folder) == {'kept'}
 
   _on_copy(body)
-  assert {path.name for path in (run / 'checkpoints').iterdir() if _names(path)}
-  assert not _names(run / 'checkpoints' / '2')
+  assert _names(run) == {'checkpoints/1/state/d', 'kept'}
 
 
 def test_an_upload_cut_short(files, run, monkeypatch, tmp_path):
-  """What says that a checkpoint is whole comes last."""
   put, calls = files.put_file, []
 
   def failing(*args):
@@ -117,15 +111,13 @@ def test_an_upload_cut_short(files, run, monkeypatch, tmp_path):
   monkeypatch.setattr(files, 'put_file', failing)
 
   def body(folder):
-    _write(
-      folder, checkpoints__1___CHECKPOINT_METADATA='', checkpoints__1__d='1'
-    )
+    _write(folder, a='1', b='2')
 
   with pytest.raises(InputError, match='cannot be written') as error:
     _on_copy(body)
   assert 'no network' in str(error.value)
   assert str(tmp_path / 'copy') in str(error.value)
-  assert _names(run) == {'checkpoints/1/d'}
+  assert len(_names(run)) == 1
   assert len(_names(tmp_path / 'copy')) == 2
 
 
@@ -136,7 +128,13 @@ def test_names_that_lead_elsewhere(files, monkeypatch, tmp_path):
   assert not (tmp_path / 'copy').exists()
 
 
-def test_several_processes(files, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(InputError, match='gcsfuse'):
-    _on_copy(None)
+def test_all_but_the_lead(run, monkeypatch):
+  monkeypatch.setattr(bucket.sharding, 'is_lead', lambda: False)
+  _write(run, kept='1')
+
+  def body(folder):
+    assert not _names(folder)
+    assert bucket.address(folder / 'checkpoints') == f'{_URL}/checkpoints'
+
+  _on_copy(body)
+  assert _names(run) == {'kept'}
