@@ -1,22 +1,55 @@
-"""ClusterQ-JAX: data-free quantization of image classifiers.
+"""Data-free quantization of image classifiers.
 
-from clusterq_jax import load_student, quantize
-results = quantize(config, 'runs/mine')
-student = load_student('runs/mine')
-logits = student.logits(images)
+import clusterq_jax as cq
+
+config = cq.default_config()
+config.teacher.arch = 'resnet18'
+config.teacher.weights = 'resnet18.safetensors'
+results = cq.quantize(config, 'runs/mine')
+student = cq.load_student('runs/mine')
+logits = student.logits(images)  # uint8 [B, H, W, C]
 """
 
 import os
+import pathlib
 import sys
 
 # XLA reads this once, when JAX is imported, which is below. The command line
-# keeps XLA's logs away, since it says itself that a compilation takes long.
-# Whoever imports the package as a library decides alone.
-if 'clusterq_jax.main' in sys.orig_argv:
+# keeps XLA's logs away, because it reports long compilations itself. A program
+# that imports the package as a library decides alone.
+if {'clusterq_jax.main', 'clusterq'} & {
+  pathlib.Path(argument).name for argument in sys.orig_argv[:4]
+}:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
+from clusterq_jax.config import (  # noqa: E402
+  default_config,
+  paper_config,
+  paper_imagenet_config,
+)
+from clusterq_jax.deploy.student import Student  # noqa: E402
 from clusterq_jax.deploy.student import load as load_student  # noqa: E402
+from clusterq_jax.errors import InputError  # noqa: E402
+from clusterq_jax.models.preprocessing import Preprocessing  # noqa: E402
+from clusterq_jax.models.protocol import LayerSet  # noqa: E402
+from clusterq_jax.models.registry import (  # noqa: E402
+  register as register_network,
+)
 from clusterq_jax.modes.evaluate import evaluate  # noqa: E402
+from clusterq_jax.modes.export import export  # noqa: E402
 from clusterq_jax.modes.quantize import quantize  # noqa: E402
 
-__all__ = ['evaluate', 'load_student', 'quantize']
+__all__ = [
+  'InputError',
+  'LayerSet',
+  'Preprocessing',
+  'Student',
+  'default_config',
+  'evaluate',
+  'export',
+  'load_student',
+  'paper_config',
+  'paper_imagenet_config',
+  'quantize',
+  'register_network',
+]

@@ -1,11 +1,9 @@
 """The command line: flags and mode dispatch only.
 
-    python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \
-        [--mode=quantize|evaluate|export|report|dryrun] \
-        [--config.field=value ...]
+    clusterq --config=NAME --workdir=DIR [--mode=...] [--config.field=value ...]
 
-Where it is one of several processes, each is started with the same command; see
-`sharding.start`.
+is short for `python -m clusterq_jax.main` with the same flags. With several
+processes, each is started with the same command; see `distributed.initialize`.
 """
 
 import difflib
@@ -19,13 +17,15 @@ from ml_collections import config_flags
 
 from clusterq_jax import command_line, sharding
 from clusterq_jax import config as config_lib
+from clusterq_jax.config import shipped
 from clusterq_jax.errors import InputError
 from clusterq_jax.modes import dryrun, evaluate, export, quantize, report
 from clusterq_jax.report import closing_table
+from clusterq_jax.runtime import distributed
 from clusterq_jax.runtime.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Python file that says what to run, see configs/.'
+  'config', None, 'Name of a shipped config, or a Python file like them.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run, or gs://BUCKET/PATH.'
@@ -37,7 +37,7 @@ _MODES = {
   'report': report.report,
 }
 _MODE = flags.DEFINE_enum(
-  'mode', 'quantize', [*_MODES, 'dryrun'], 'What to do.'
+  'mode', 'quantize', [*_MODES, 'dryrun', 'config'], 'What to do.'
 )
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed',
@@ -58,17 +58,21 @@ _PROCESS = flags.DEFINE_integer(
 
 _HELP = """Quantizes a trained image classifier without data.
 
-    python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \\
-        [--mode=MODE] [--config.FIELD=VALUE ...]
+    clusterq --config=NAME --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE]
+
+`clusterq` is short for `python -m clusterq_jax.main`. NAME is a Python file or
+one of these shipped configs:
+{configs}
 
 modes
   quantize   makes the student, or resumes where the workdir's run stopped
              (the default)
   evaluate   measures teacher and student on labelled images
-  export     writes the integer ONNX file and what tests it
+  export     writes the integer ONNX file and its self-test once more
   report     writes report.html: curves, images, errors layer by layer; needs
              pip install 'clusterq-jax[report]'
   dryrun     compiles every step for a TPU that is not there
+  config     prints every resolved number of a config with its meaning
 
 flags
 {flags}
@@ -77,34 +81,38 @@ flags
 
 examples
   the embedded teacher, with three bits:
-    python -m clusterq_jax.main --config=configs/fashion_mnist_resnet20.py \\
-        --workdir=runs/three --config.quant.weight_bits=3
+    clusterq --config=fashion_mnist_resnet20 --workdir=runs/three \\
+        --config.quant.weight_bits=3
   your weights, and how they do on your images:
-    python -m clusterq_jax.main --config=configs/resnet18.py \\
-        --workdir=runs/mine --config.teacher.weights=resnet18.safetensors
-    python -m clusterq_jax.main --config=configs/resnet18.py \\
-        --workdir=runs/mine --config.teacher.weights=resnet18.safetensors \\
+    clusterq --config=resnet18 --workdir=runs/mine \\
+        --config.teacher.weights=resnet18.safetensors
+    clusterq --config=resnet18 --workdir=runs/mine \\
+        --config.teacher.weights=resnet18.safetensors \\
         --mode=evaluate --config.eval.source=folder --config.eval.path=images
-  to an integer file, after a run with --config.quant.placement=integer:
-    python -m clusterq_jax.main --config=configs/NAME.py --workdir=DIR \\
-        --config.quant.placement=integer --mode=export
+  every number of a config:
+    clusterq --config=resnet18 --mode=config
 """
 
 
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
   if command_line.wants_help(argv):
-    print(_HELP.format(flags=command_line.describe_flags('mode')))
+    described = command_line.describe_flags('mode')
+    configs = '\n'.join(f'  {name}' for name in shipped.names())
+    print(_HELP.format(flags=described, configs=configs))
     return 0
   try:
     config, workdir = _parse(argv)
     if _MODE.value == 'dryrun':
       return dryrun.dryrun(config)
-    decision = sharding.start(
+    if _MODE.value == 'config':
+      print(config_lib.describe(config_lib.resolve(config)))
+      return 0
+    decision = distributed.initialize(
       _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
     # Who runs one process on one machine has nothing to decide.
-    if _DISTRIBUTED.value != 'off' and decision != sharding.ALONE:
+    if _DISTRIBUTED.value != 'off' and decision != distributed.ALONE:
       print(f'distributed: {decision}', file=sys.stderr)
     if sharding.is_lead() or _MODE.value == 'quantize':
       results = _MODES[_MODE.value](config, workdir)
@@ -131,12 +139,13 @@ def main(argv: list[str]) -> int:
       raise
     traceback.print_exc()
     reason = (str(e).strip() or repr(e)).splitlines()[0]
-    print(sharding.gone(reason), file=sys.stderr)
+    print(distributed.lost_process_message(reason), file=sys.stderr)
     return 1
   return 0
 
 
 def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+  argv = _with_path(argv)
   try:
     rest = flags.FLAGS(argv)[1:]
     # A config file that could not be read raises once it is looked at.
@@ -152,10 +161,24 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     raise InputError(unknown or f'flags: {reason}') from e
   if rest:
     raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
-  needs_workdir = _MODE.value != 'dryrun'
+  needs_workdir = _MODE.value not in ('config', 'dryrun')
   if _CONFIG.value is None or needs_workdir and not _WORKDIR.value:
-    raise InputError('--config=configs/NAME.py and --workdir=DIR are required')
+    raise InputError('--config=NAME and --workdir=DIR are required')
   return _CONFIG.value, _WORKDIR.value or ''
+
+
+def _with_path(argv: list[str]) -> list[str]:
+  """Returns the arguments with the config's path in place of its name."""
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.partition('=')
+    if flag not in ('--config', '-config'):
+      continue
+    if equals:
+      found[i] = f'{flag}={shipped.find(value)}'
+    elif i + 1 < len(argv):
+      found[i + 1] = shipped.find(argv[i + 1])
+  return found
 
 
 def _unknown_field(argv: list[str]) -> str:
@@ -173,5 +196,10 @@ def _unknown_field(argv: list[str]) -> str:
   return ''
 
 
+def run() -> None:
+  """Runs the command line; the console command `clusterq`."""
+  sys.exit(distributed.exit_process(main(sys.argv)))
+
+
 if __name__ == '__main__':
-  sys.exit(sharding.leave(main(sys.argv)))
+  run()

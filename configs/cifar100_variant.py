@@ -14,7 +14,7 @@ networks/resnet20_variant.py describes, saved with torch.save. A run takes about
 import pathlib
 import runpy
 
-from clusterq_jax import config as config_lib
+import clusterq_jax as cq
 
 # By path: a config file is run from any folder, and not as part of a package.
 _NETWORK = pathlib.Path(__file__).parent / 'networks' / 'resnet20_variant.py'
@@ -23,7 +23,7 @@ _NETWORK = pathlib.Path(__file__).parent / 'networks' / 'resnet20_variant.py'
 def get_config():
   """Runs the short recipe; the network's file describes the input."""
   runpy.run_path(str(_NETWORK))['register']()
-  config = config_lib.default_config()
+  config = cq.default_config()
   config.teacher.arch = 'resnet20_variant'
   config.teacher.weights = 'weights/resnet20_cifar100_variant.pt'
   config.teacher.num_classes = 100

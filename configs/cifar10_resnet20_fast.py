@@ -11,12 +11,12 @@ https://github.com/akamaster/pytorch_resnet_cifar10. Accuracy and time:
 docs/results.md.
 """
 
-from clusterq_jax import config as config_lib
+import clusterq_jax as cq
 
 
 def get_config():
   """Runs the short recipe on akamaster's weights."""
-  config = config_lib.default_config()
+  config = cq.default_config()
   config.teacher.weights = 'weights/resnet20-12fca82f.th'
   config.teacher.num_classes = 10
   config.teacher.image_size = (32, 32)

@@ -9,12 +9,12 @@ images come with the project, and the weights file holds its preprocessing.
 Accuracy and time: docs/results.md.
 """
 
-from clusterq_jax import config as config_lib
+import clusterq_jax as cq
 
 
 def get_config():
   """Runs the short recipe, an eighth as long, on the embedded files."""
-  config = config_lib.default_config()
+  config = cq.default_config()
   config.budget = 1 / 8
   config.eval.source = 'fashion_mnist'
   return config

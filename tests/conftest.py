@@ -77,7 +77,7 @@ from clusterq_jax import config as config_lib
 
 
 def get_config():
-  config = config_lib.paper()
+  config = config_lib.paper_config()
   config.checkpoint_every = 2
   config.teacher.arch = 'resnet8'
   config.teacher.weights = {weights!r}

@@ -9,7 +9,7 @@ import pytest
 
 from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
-from clusterq_jax.runtime import checkpoint
+from clusterq_jax.runtime import checkpoint, distributed
 
 # --- Devices -----------------------------------------------------------------
 
@@ -253,29 +253,31 @@ def initialized(monkeypatch):
 
 
 def test_off(initialized):
-  assert sharding.start('off') == 'one process: --distributed=off'
+  assert distributed.initialize('off') == 'one process: --distributed=off'
   assert not initialized
 
 
 @pytest.mark.parametrize('name', ['SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'])
 def test_a_cluster_of_one(initialized, monkeypatch, name):
   monkeypatch.setenv(name, '1')
-  assert sharding.start('auto') == f'one process: {name}=1'
+  assert distributed.initialize('auto') == f'one process: {name}=1'
   assert not initialized
   monkeypatch.setenv(name, '2')
-  assert 'cluster found' in sharding.start('auto')
+  assert 'cluster found' in distributed.initialize('auto')
   assert initialized == [(None, None, None)]
 
 
 def test_given_processes(initialized):
-  reason = sharding.start('on', 'host:1234', 2, 1)
+  reason = distributed.initialize('on', 'host:1234', 2, 1)
   assert 'given host:1234' in reason
   assert initialized == [('host:1234', 2, 1)]
 
 
 def test_no_cluster(spawn):
   """In a process of its own: JAX must not have been used."""
-  code = 'from clusterq_jax import sharding; print(sharding.start("auto"))'
+  code = (
+    'from clusterq_jax import sharding; print(distributed.initialize("auto"))'
+  )
   out, error = spawn('-c', code, JAX_PLATFORMS='cpu').communicate(timeout=120)
   assert out.startswith('one process: no cluster found'), error
 
@@ -283,13 +285,13 @@ def test_no_cluster(spawn):
 @pytest.mark.parametrize('mode', ['auto', 'off'])
 def test_settings_without_on(mode):
   with pytest.raises(InputError, match=f'--distributed={mode}: .*expected'):
-    sharding.start(mode, 'host:1234', 2, 0)
+    distributed.initialize(mode, 'host:1234', 2, 0)
 
 
 def test_too_late():
   np.asarray(jax.numpy.zeros(1))
   with pytest.raises(InputError, match='must be called before'):
-    sharding.start('on', 'localhost:1', 2, 0)
+    distributed.initialize('on', 'localhost:1', 2, 0)
 
 
 def test_refusal_is_one_line(spawn, tiny_config_file, tmp_path):

@@ -3,9 +3,8 @@
 from clusterq_jax.config.fields import Config
 from clusterq_jax.config.presets import (
   default_config,
-  paper,
-  paper_imagenet,
-  small_batches,
+  paper_config,
+  paper_imagenet_config,
 )
 from clusterq_jax.config.resolve import (
   check_schema,
@@ -25,9 +24,8 @@ __all__ = [
   'differences',
   'flatten',
   'from_json',
-  'paper',
-  'paper_imagenet',
+  'paper_config',
+  'paper_imagenet_config',
   'resolve',
-  'small_batches',
   'to_json',
 ]

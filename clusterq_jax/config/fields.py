@@ -116,7 +116,7 @@ class Quant:
     None, "Bits of the last layer's weights; None: weight_bits.", _BITS
   )
   placement: str = _field(
-    'paper',
+    'integer',
     "'integer': every layer output is quantized. 'paper': residual adds stay "
     'in float; such a student cannot be exported.',
     choices=('paper', 'integer'),
@@ -291,7 +291,12 @@ class Eval:
 class Export:
   """The deployable files."""
 
-  folder: str = _field('', "A new folder; '': WORKDIR/export.")
+  after_training: bool = _field(
+    True, 'Whether a run with integer placement ends with WORKDIR/export.'
+  )
+  folder: str = _field(
+    '', "A new folder for --mode=export; '': WORKDIR/export."
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def default_config() -> ml_collections.ConfigDict:
   return _config_dict(fields.Config()).lock()
 
 
-def paper() -> ml_collections.ConfigDict:
+def paper_config() -> ml_collections.ConfigDict:
   """Returns the paper's values for CIFAR (arXiv 2205.00179, section IV)."""
   config = default_config()
   config.checkpoint_every = 1000
@@ -81,26 +81,11 @@ def paper() -> ml_collections.ConfigDict:
   return config
 
 
-def paper_imagenet() -> ml_collections.ConfigDict:
+def paper_imagenet_config() -> ml_collections.ConfigDict:
   """Returns the paper's values for ImageNet."""
-  config = paper()
+  config = paper_config()
   config.teacher.num_classes = 1000
   config.generator.conditional = True
   config.student.lr = 1e-6
   config.schedule.batch_size = 16
-  return config
-
-
-def small_batches(
-  config: ml_collections.ConfigDict, batch_size: int
-) -> ml_collections.ConfigDict:
-  """Sets the batch size, and the student's learning rates in proportion.
-
-  Large images leave memory for small batches only. The generator's rate stays:
-  BatchNorm makes its step independent of the batch.
-  """
-  ratio = batch_size / config.schedule.batch_size
-  config.schedule.batch_size = batch_size
-  config.student.lr *= ratio
-  config.student.quant_lr *= ratio
   return config

@@ -72,9 +72,7 @@ def _prepared_splits(name: str) -> dict[str, Any]:
   try:
     import tensorflow_datasets as tfds
   except ImportError as e:
-    raise InputError(
-      f"eval.source='tfds': {e}; pip install tensorflow-datasets array_record"
-    ) from e
+    raise InputError(f"eval.source='tfds': {e}") from e
   try:
     splits = tfds.data_source(
       name, download=False, decoders={'image': tfds.decode.SkipDecoding()}

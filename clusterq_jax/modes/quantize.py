@@ -12,6 +12,7 @@ from clusterq_jax import config as config_lib
 from clusterq_jax import data, precision, sharding
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.method.state import TrainState
+from clusterq_jax.modes import export
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.runtime import (
   bucket,
@@ -85,12 +86,21 @@ def _quantize(
   if not sharding.is_lead():
     return {}
   _save_student(session, state, folder / student_lib.FILE)
-  networks = {'student': student_lib.load(folder).logits}
+  student = student_lib.load(folder)
+  networks: dict[str, evaluation.Predict] = {'student': student.logits}
+  exported = {}
+  is_deployable = session.config.quant.placement == 'integer'
+  if is_deployable and session.config.export.after_training:
+    networks['deployed'] = jax.jit(student.integer().logits)
+    exported = export.write(
+      session.config, student, session.teacher, folder, folder / 'export'
+    )
   results = {
     **evaluation.of_teacher_and(
       networks, session.teacher, images, session.config.eval
     ),
     **_facts(session, on_synthetic),
+    **exported,
     'steps': int(state.step),
     'wall_s': round(wall_before + time.monotonic() - began, 2),
     'images_per_s': images_per_s,

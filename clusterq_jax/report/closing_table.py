@@ -106,8 +106,8 @@ def _accuracies(results: dict[str, Any]) -> _Rows:
   if deployed.get('top1') is not None:
     rows.append(
       (
-        'deployed top-1',
-        f'{deployed["top1"]:.2f} % (agrees with the student on '
+        'integer file top-1',
+        f'{deployed["top1"]:.2f} % (same class as the student on '
         f'{deployed["agreement"]:.2f} % of {deployed["n"]} images)',
       )
     )
@@ -180,15 +180,16 @@ def _forecast(drop: dict[str, float] | None) -> str:
 
 
 def _exported(export: dict[str, Any]) -> _Rows:
-  """Lists what --mode=export has written."""
+  """Lists the deployable files and how to use them."""
   sizes = export['bytes']
   small, large = sizes['integer.onnx'], sizes['float32.onnx']
   return [
     (
-      'exported',
-      f'integer.onnx {small / 1e6:.2f} MB, float32.onnx {large / 1e6:.2f} MB '
-      f'(x{large / small:.1f})',
+      'integer file',
+      f'{export["folder"]}/integer.onnx: {small / 1e6:.2f} MB, x'
+      f'{large / small:.1f} smaller than float32.onnx',
     ),
-    ('', f'{export["folder"]}: {", ".join(sizes)}'),
+    ('beside it', ', '.join(name for name in sizes if name != 'integer.onnx')),
     ('check a machine', f'python {export["folder"]}/selftest.py'),
+    ('run it', 'onnxruntime.InferenceSession(...), see docs/deploy.md'),
   ]

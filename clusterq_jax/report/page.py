@@ -25,6 +25,7 @@ from PIL import Image
 
 from clusterq_jax import config as config_lib
 from clusterq_jax.config import Config
+from clusterq_jax.deploy import export_files
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.report import closing_table, diagnostics, figures, quantities
@@ -367,7 +368,7 @@ def _export(run: Run) -> dict[str, Any]:
     none without an export; `timed`: whether they were timed; `machine`.
   """
   folder = workdir_lib.export_folder(run.config, str(run.folder))
-  files = [folder / name for name in (workdir_lib.FLOAT, workdir_lib.INTEGER)]
+  files = [folder / name for name in (export_files.FLOAT, export_files.INTEGER)]
   rows, timed = [], True
   if run.config.quant.placement == 'integer' and all(f.exists() for f in files):
     for file in files:

@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
+from clusterq_jax.runtime import distributed
 
 _KEPT = 2
 
@@ -90,7 +91,9 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints and none can be read.
     """
-    steps = sharding.common([c.step for c in self._checkpointer.checkpoints])
+    steps = distributed.common_numbers(
+      [c.step for c in self._checkpointer.checkpoints]
+    )
     for step in reversed(steps):
       restored, reason = None, 'by another process'
       try:
@@ -101,7 +104,7 @@ class Checkpoints:
       except Exception as e:  # a damaged file raises many kinds
         reason = (str(e).strip() or repr(e)).splitlines()[0]
       # Processes that went on from different steps would compute nonsense.
-      if sharding.common([step] if restored else []):
+      if distributed.common_numbers([step] if restored else []):
         return restored
       say(f'checkpoint {step} cannot be read and is skipped ({reason[:200]})')
     if steps:

@@ -15,7 +15,6 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.runtime import metrics
 
 LOCK = '.lock'
-INTEGER, FLOAT = 'integer.onnx', 'float32.onnx'
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ activation after an add but at the end of a stage, a classifier on averages of
 import jax
 from flax import linen as nn
 
-from clusterq_jax.models import protocol, registry
-from clusterq_jax.models.preprocessing import Preprocessing
+import clusterq_jax as cq
 
 
 class Variant(nn.Module):
@@ -20,7 +19,7 @@ class Variant(nn.Module):
     num_classes: length of the logits.
   """
 
-  layers: protocol.LayerSet
+  layers: cq.LayerSet
   num_classes: int
 
   @nn.compact
@@ -60,11 +59,11 @@ _ROWS = {
 
 def register():
   """Makes the network known to configs and students."""
-  registry.register(
+  cq.register_network(
     'resnet20_variant',
     Variant,
     _ROWS,
-    Preprocessing(
+    cq.Preprocessing(
       image_size=(32, 32),
       mean=(0.507, 0.487, 0.441),
       std=(0.267, 0.256, 0.276),

@@ -12,12 +12,12 @@ get_model("resnet20_cifar100", pretrained=True) with torch.save.
 here to the end: accuracy and time are unknown.
 """
 
-from clusterq_jax import config as config_lib
+import clusterq_jax as cq
 
 
 def get_config():
   """Takes every number from the paper and adds the teacher."""
-  config = config_lib.paper()
+  config = cq.paper_config()
   config.teacher.weights = 'weights/resnet20_cifar100.pth'
   config.teacher.num_classes = 100
   config.teacher.image_size = (32, 32)

@@ -12,12 +12,12 @@ https://github.com/akamaster/pytorch_resnet_cifar10.
 here to the end: accuracy and time are unknown.
 """
 
-from clusterq_jax import config as config_lib
+import clusterq_jax as cq
 
 
 def get_config():
   """Takes every number from the paper and adds the teacher."""
-  config = config_lib.paper()
+  config = cq.paper_config()
   config.teacher.weights = 'weights/resnet20-12fca82f.th'
   config.teacher.num_classes = 10
   config.teacher.image_size = (32, 32)

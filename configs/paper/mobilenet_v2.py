@@ -11,12 +11,12 @@ Needs weights/mobilenet_v2.pth, from torchvision.
 here to the end: accuracy and time are unknown.
 """
 
-from clusterq_jax import config as config_lib
+import clusterq_jax as cq
 
 
 def get_config():
   """Takes every number from the paper and adds the teacher."""
-  config = config_lib.paper_imagenet()
+  config = cq.paper_imagenet_config()
   config.teacher.arch = 'mobilenet_v2'
   config.teacher.weights = 'weights/mobilenet_v2.pth'
   return config

@@ -77,7 +77,7 @@ def test_a_damaged_config_is_refused():
 
 
 def test_differences_name_field_and_both_values():
-  config = config_lib.paper()
+  config = config_lib.paper_config()
   stored = _stored(config)
   assert config_lib.differences(stored, config_lib.resolve(config)) == []
   config.student.lr = 0.5
@@ -99,7 +99,7 @@ def test_differences_name_field_and_both_values():
   ],
 )
 def test_differences_leave_out_what_may_differ(field, value):
-  config = config_lib.paper()
+  config = config_lib.paper_config()
   stored = _stored(config)
   _set(config, field, value)
   config_lib.resolve(config)

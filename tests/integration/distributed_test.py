@@ -36,10 +36,11 @@ _ONE_CANNOT_READ = """
 import sys
 import jax
 import jax.numpy as jnp
+from clusterq_jax.runtime import distributed
 from clusterq_jax import sharding
 from clusterq_jax.runtime import checkpoint
 folder, address, process = sys.argv[1:]
-sharding.start('on', address, 2, int(process))
+distributed.initialize('on', address, 2, int(process))
 everywhere = sharding.replicated(sharding.make_mesh(2))
 make = jax.jit(lambda x: {'x': jnp.full(3, x)}, out_shardings=everywhere)
 checkpoints = checkpoint.Checkpoints(folder)

@@ -9,7 +9,7 @@ from clusterq_jax.method import optimizers
 
 
 def _config(optimizer, decay):
-  config = config_lib.paper()
+  config = config_lib.paper_config()
   config.student.optimizer = optimizer
   config.student.quant_lr = 1e-3
   config.schedule.lr_decay = decay
