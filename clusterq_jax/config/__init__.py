@@ -6,7 +6,7 @@ from clusterq_jax.config.presets import (
   paper_config,
   paper_imagenet_config,
 )
-from clusterq_jax.config.resolve import (
+from clusterq_jax.config.validation import (
   check_schema,
   describe,
   differences,

@@ -3,7 +3,7 @@
 The defaults are the short recipe. Users see the fields as an
 `ml_collections.ConfigDict` (`presets.default_config`) and set them with
 `--config.section.field=value`. The code sees them as the frozen `Config`, once
-`resolve.resolve` has checked the values and filled in what is None.
+`validation.resolve` has checked the values and filled in what is None.
 """
 
 import dataclasses

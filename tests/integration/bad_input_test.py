@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from clusterq_jax import weights
-from clusterq_jax.config import fields, resolve
+from clusterq_jax.config import fields, validation
 from clusterq_jax.runtime import metrics
 
 
@@ -344,9 +344,9 @@ def test_loss_that_is_no_longer_finite(
   finished, run, tmp_path, state_at, monkeypatch
 ):
   # No rate within the bounds makes so small a network diverge so early.
-  meaning = resolve._MEANINGS['generator.lr']
+  meaning = validation._MEANINGS['generator.lr']
   unbounded = meaning._replace(bounds=fields.Bounds(0, 1e38))
-  monkeypatch.setitem(resolve._MEANINGS, 'generator.lr', unbounded)
+  monkeypatch.setitem(validation._MEANINGS, 'generator.lr', unbounded)
   code, out, error = run('--config.generator.lr=1e30')
   lines = [line for line in error.splitlines() if line.startswith('error: ')]
   assert code == 2

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import clusterq_jax
+from clusterq_jax import config as config_lib
 from clusterq_jax import data, weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
@@ -112,7 +113,7 @@ def test_files(finished):
   kept = {path.name for path in (finished.workdir / 'checkpoints').iterdir()}
   assert kept == {'8', '10'}
   stored = json.loads((finished.workdir / 'config.json').read_text())
-  assert stored == json.loads(json.dumps(finished.config.to_dict()))
+  assert stored == config_lib.to_json(finished.session.config)
 
 
 def test_metrics(finished):

@@ -80,25 +80,6 @@ def test_convolution(size, side, strides, padding, groups):
   np.testing.assert_allclose(found[2], reference[2], atol=2e-4)
 
 
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='for CPUs')
-def test_compiler_options(monkeypatch, tmp_path):
-  info = tmp_path / 'cpuinfo'
-  monkeypatch.setattr(convolution, '_CPU_INFO', info)
-  monkeypatch.setattr('platform.machine', lambda: 'x86_64')
-  x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
-  info.write_text('flags: avx2')
-  options = convolution.compiler_options()
-  info.write_text('flags: avx2 avx512f')
-  wide = convolution.compiler_options()
-  assert options.items() < wide.items()
-  # An option that XLA does not know is an error.
-  y = jax.jit(convolution.conv2d, compiler_options=wide)(x, kernel)
-  assert y[0, 4, 4, 0] == 36
-
-  monkeypatch.setattr('platform.machine', lambda: 'aarch64')
-  assert not convolution.compiler_options()
-
-
 @pytest.mark.parametrize(('groups', 'strides'), [(1, 1), (1, 2), (8, 1)])
 def test_convolution_in_bfloat16(groups, strides):
   random = np.random.RandomState(0)

@@ -207,7 +207,6 @@ def test_project():
 @pytest.mark.parametrize('timed', [True, False])
 def test_export(make_run, monkeypatch, tmp_path, timed):
   run = make_run(results={'unfinished': ''})
-  run.config.quant.placement = 'integer'
   text = _Page(page.render(run)).text
   assert f'There are no exported files in {tmp_path}/export.' in text
   (tmp_path / 'export').mkdir()
