@@ -18,8 +18,7 @@ _PRELUDE = """
 import json, runpy, sys, types
 import jax, jax.numpy as jnp, numpy as np
 from clusterq_jax import sharding
-from clusterq_jax.layers import fake_quant as layers
-from clusterq_jax.quant import numerics
+from clusterq_jax.quant import numerics, quantizers
 from clusterq_jax.config import resolve
 from clusterq_jax.runtime import checkpoint
 from clusterq_jax.runtime import session as session_lib
@@ -69,8 +68,8 @@ _FLOAT32 = """
 values = {}
 
 def quantize_with(function):
-  # The layers alone see it: `numerics` calls its own functions.
-  layers.numerics = types.SimpleNamespace(
+  # Only the layers' quantizers see it: `numerics` calls its own functions.
+  quantizers.numerics = types.SimpleNamespace(
     **{**vars(numerics), 'fake_quant': function})
 
 def recorded(x, step, low, high):

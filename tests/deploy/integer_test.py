@@ -73,6 +73,17 @@ def test_images():
   return data.read_fashion_mnist(data.ASSETS, 't10k')
 
 
+@pytest.fixture(scope='module')
+def integer_logits(quantized, test_images):
+  """(weight bits, activation bits) to logits of the first 1,000 images."""
+
+  def logits(*bits):
+    folded = quantized(*bits).integer()
+    return np.asarray(jax.jit(folded.logits)(test_images.images[:1000]))
+
+  return functools.cache(logits)
+
+
 class _Mobile(nn.Module):
   """What ResNets for small images have not got."""
 
@@ -195,12 +206,20 @@ def _run(model, images):
 # --- Bit for bit what ONNX Runtime computes ----------------------------------
 
 
-@pytest.mark.parametrize('bits', [(8, 8), (4, 8), (4, 4)])
-def test_runtime_agrees_on_the_embedded_network(quantized, test_images, bits):
-  folded = quantized(*bits).integer()
+@pytest.mark.parametrize(
+  'bits',
+  [
+    pytest.param((8, 8), marks=pytest.mark.slow),
+    pytest.param((4, 8), marks=pytest.mark.slow),
+    (4, 4),
+  ],
+)
+def test_runtime_agrees_on_the_embedded_network(
+  quantized, integer_logits, test_images, bits
+):
   images = test_images.images[:1000]
-  model = onnx_layers.integer_model(folded, {})
-  ours = jax.jit(folded.logits)(images)
+  model = onnx_layers.integer_model(quantized(*bits).integer(), {})
+  ours = integer_logits(*bits)
   np.testing.assert_array_equal(ours, _run(model, images))
   right = np.mean(np.argmax(ours, -1) == test_images.labels[:1000])
   assert right > (0.8 if bits == (4, 4) else 0.9)
@@ -212,8 +231,8 @@ def test_runtime_agrees_on_the_embedded_network(quantized, test_images, bits):
   [
     (2, 2, True, 'rgb', 3),
     (3, 5, False, 'bgr', 3),
-    (5, 3, True, 'grey', 1),
-    (8, 7, True, 'rgb', 3),
+    pytest.param(5, 3, True, 'grey', 1, marks=pytest.mark.slow),
+    pytest.param(8, 7, True, 'rgb', 3, marks=pytest.mark.slow),
   ],
 )
 def test_runtime_agrees_at_any_bits(
@@ -319,16 +338,20 @@ def test_float_twin_with_other_layers(kind, order):
   np.testing.assert_allclose(_run(model, images), logits, atol=1e-4)
 
 
-@pytest.mark.parametrize(('bits', 'least'), [((8, 8), 0.995), ((4, 4), 0.97)])
-def test_agrees_with_the_student(quantized, test_images, bits, least):
+@pytest.mark.parametrize(
+  ('bits', 'least'),
+  [pytest.param((8, 8), 0.995, marks=pytest.mark.slow), ((4, 4), 0.97)],
+)
+def test_agrees_with_the_student(
+  quantized, integer_logits, test_images, bits, least
+):
   """Rounding of biases, and of sums in another order, is all that differs."""
-  network = quantized(*bits)
-  images = test_images.images[:1000]
-  fake = np.asarray(jax.jit(network.logits)(images))
-  real = np.asarray(jax.jit(network.integer().logits)(images))
-  assert np.mean(fake.argmax(-1) == real.argmax(-1)) >= least
+  fake = jax.jit(quantized(*bits).logits)(test_images.images[:1000])
+  real = integer_logits(*bits)
+  assert np.mean(np.argmax(fake, -1) == real.argmax(-1)) >= least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('learned', [True, False])
 def test_settled_weights(embedded, test_images, learned):
   """The student answers as the integer network, to float rounding."""
@@ -442,6 +465,7 @@ def test_wide_layers_are_found():
   assert wide == ['stage3_block1_conv2']
 
 
+@pytest.mark.slow
 def test_small_codes_are_scaled_up(quantized):
   """So that the bias, in units of one code, is finer; and cannot saturate."""
   student44 = quantized(4, 4).integer()

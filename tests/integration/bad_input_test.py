@@ -340,6 +340,7 @@ def test_missing_evaluation_images(run, tmp_path):
 # --- NaN ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loss_that_is_no_longer_finite(
   finished, run, tmp_path, state_at, monkeypatch
 ):

@@ -110,6 +110,7 @@ def _distance(finished, pixels):
   return np.mean(total)
 
 
+@pytest.mark.slow
 def test_procedural_steps_fill_their_part_of_the_pool(finished, state):
   first, batch = len(state.pool), finished.networks.batch_size
   s = dataclasses.replace(
