@@ -1,9 +1,9 @@
-"""Latency, size and memory of an exported network against its float twin.
+"""Compares latency, size and memory of an integer network and its float twin.
 
     python -m benchmarks.integer_latency runs/mine/export
 
-Compares `integer.onnx` with `float32.onnx` in one process. In every round both
-run in turn, on one thread and on two, with one image and with sixteen. The
+The script runs `integer.onnx` and `float32.onnx` in one process. In every round
+both run in turn, on one thread and on two, with one image and with sixteen. The
 script prints medians of `--rounds`, the median and the 10 to 90 % range of the
 rounds' ratios, file sizes, and the memory that a runtime adds to the process.
 Without VNNI, which the first line reports, integers gain less.
@@ -62,13 +62,13 @@ def seconds(run, images, calls):
 
 
 def compare(runtime, folder, threads, batch, rounds):
-  """Per round, both files in turn; returns [rounds, 2] seconds per call."""
+  """Runs both files in turn; returns seconds per call, [rounds, 2]."""
   images = images_of(folder, batch)
   runs = [runtime(folder / name, threads) for name in PAIR]
   for run in runs:
     seconds(run, images, 20)
-  # As many calls as take a twentieth of a second, so that a round is short
-  # beside what else happens on the machine.
+  # A round takes a twentieth of a second, so that other load on the machine
+  # affects both files alike.
   calls = [max(3, int(0.05 / seconds(run, images, 20))) for run in runs]
   return [
     [seconds(run, images, n) for run, n in zip(runs, calls, strict=True)]
@@ -77,10 +77,10 @@ def compare(runtime, folder, threads, batch, rounds):
 
 
 def memory(file, batch, queue):
-  """Peak resident memory in MB that loading and running adds, in a process."""
+  """Puts the peak memory, MB, that loading and running adds to a process."""
   folder = file.parent
   images = images_of(folder, batch)
-  import onnxruntime  # noqa: F401  not part of what is measured
+  import onnxruntime  # noqa: F401  its own memory is not measured
 
   def resident(key):
     lines = pathlib.Path('/proc/self/status').read_text().splitlines()

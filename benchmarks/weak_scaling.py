@@ -1,23 +1,25 @@
-"""Weak scaling on paper: joint steps compiled for TPU v5e pods, never run.
+"""Compiles joint steps for TPU v5e pods and computes how they would scale.
 
     pip install -e '.[dryrun]'    # libtpu; in an environment of its own
     python -m benchmarks.weak_scaling resnet18 resnet50
 
-Prints what one chip has to do, and its images per second against those of a
-chip that is alone, at the roofline of `clusterq_jax/dryrun.py`: first with the
-paper's batch, on as many chips as it divides among; then with a constant batch
-per chip. No weights: shapes are enough. The rest is that of configs/ARCH.py.
+Nothing runs on a TPU. The script prints the work of one chip, and its images
+per second against those of a single chip, at the roofline of
+`clusterq_jax/modes/dryrun.py`. The first rows split the paper's batch among as
+many chips as divide it. The others keep the batch per chip constant. It needs
+no weights, because shapes are enough. Everything else is from configs/paper/ARCH.py.
 """
 
 import argparse
 import functools
-import pathlib
 import runpy
 import sys
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import common
+from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
@@ -26,7 +28,7 @@ from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.modes import dryrun
 from clusterq_jax.weights import teacher as teacher_lib
 
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 'configs'
+CONFIGS = common.ROOT / 'configs' / 'paper'
 CLASSES = 1000
 SIDES = (1, 2, 4, 8, 16)  # of the pod, in chips
 PER_CHIP = (16, 64)  # images
@@ -41,7 +43,7 @@ def get_config(arch: str):
 
 
 def teacher(arch: str) -> teacher_lib.Teacher:
-  """With shapes in place of weights: compiling needs no more."""
+  """Makes a teacher with shapes in place of weights."""
   build = registry.builder(arch, num_classes=CLASSES)
   prep = Preprocessing(**registry.architecture(arch).preprocessing)
   image = jax.ShapeDtypeStruct((1, *prep.shape), jnp.float32)
@@ -53,16 +55,16 @@ def teacher(arch: str) -> teacher_lib.Teacher:
 
 @functools.cache
 def need(arch: str, side: int, batch: int) -> dryrun.Need | str:
-  """What a joint step needs of one of side * side chips; batch: of all."""
+  """Compiles a joint step for side * side chips; batch: of all chips."""
   pod = dryrun.topology(f'v5e:{side}x{side}')
   config = get_config(arch)
   config.schedule.batch_size = batch
-  target = dryrun.Target(pod, config, teacher(arch))
+  target = dryrun.Target(pod, config_lib.resolve(config), teacher(arch))
   return target.need(target.steps.joint_step)
 
 
 def series(arch: str, batches: dict[int, int]) -> None:
-  """Prints a row per pod; batches: of all chips, by side of the pod."""
+  """Prints a row per pod; batches: of all chips, by the pod's side."""
   alone = None  # images per second of one chip
   for side, batch in batches.items():
     chips = side * side
