@@ -12,9 +12,8 @@ records/ablation.jsonl beside this file. What has a line is not run again.
 """
 
 import argparse
-import datetime
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +28,13 @@ from clusterq_jax.runtime import session as session_lib
 RECORDS = records.FOLDER / 'ablation.jsonl'
 BITS = {'W4A4': 4, 'W3A3': 3}
 EVERY = 30  # student steps per evaluation
-# Adversarial images came after most of the records; whole runs measure them.
-SHORT = {'budget': 1 / 4, 'augment.adversarial': 0.0}
-
-
-class Variant(NamedTuple):
-  """What differs from the recipe.
-
-  Attributes:
-    label: for tables and charts.
-    fields: config fields and their values.
-  """
-
-  label: str
-  fields: dict[str, Any]
+# As in the records. Adversarial images came later; whole runs measure them.
+SHORT = {
+  'budget': 1 / 4,
+  'augment.adversarial': 0.0,
+}
+# Its label in tables and charts, and the fields in which it differs.
+Variant = tuple[str, dict[str, Any]]
 
 
 def _images() -> int:
@@ -57,49 +49,48 @@ _LOSS = config_lib.default_config().loss
 # By group. Tables and charts compare each variant with the first of its group.
 GROUPS: dict[str, dict[str, Variant]] = {
   'class_terms': {
-    'none': Variant(
-      'no class terms (a2 = a3 = 0)', {'loss.sfda': 0.0, 'loss.diversity': 0.0}
+    'none': (
+      'no class terms (a2 = a3 = 0)',
+      {'loss.sfda': 0.0, 'loss.diversity': 0.0},
     ),
-    'recipe': Variant('class terms of the recipe', {}),
+    'recipe': ('class terms of the recipe', {}),
     # The paper's table IV, and `sfda_raised`, which `no_diversity` must be
     # compared with: diversity is SFDA with noise on its target, so without it
     # the total weight of SFDA is smaller.
-    'no_diversity': Variant(
-      'without the diversity loss', {'loss.diversity': 0.0}
+    'no_diversity': ('without the diversity loss', {'loss.diversity': 0.0}),
+    'no_ema': ('without EMA of the centroids', {'centroids.decay': 0.0}),
+    'neither': (
+      'without both',
+      {'loss.diversity': 0.0, 'centroids.decay': 0.0},
     ),
-    'no_ema': Variant('without EMA of the centroids', {'centroids.decay': 0.0}),
-    'neither': Variant(
-      'without both', {'loss.diversity': 0.0, 'centroids.decay': 0.0}
-    ),
-    'sfda_raised': Variant(
+    'sfda_raised': (
       'a2 raised by a3, no diversity loss',
       {'loss.sfda': _LOSS.sfda + _LOSS.diversity, 'loss.diversity': 0.0},
     ),
     # Summed over ten classes, the terms weigh ten times as much. That is about
     # the weight of the statistics loss.
-    'summed': Variant(
-      'summed over classes (eq. 4)', {'loss.class_reduction': 'sum'}
-    ),
-    'late': Variant('in the last stage alone', {'centroids.first_layer': 13}),
-    'everywhere': Variant('in all layers', {'centroids.first_layer': 0}),
-    'paper_noise': Variant(
-      "with the paper's noise on the centroids", {'loss.noise': (0.5, 1.0)}
+    'summed': ('summed over classes (eq. 4)', {'loss.class_reduction': 'sum'}),
+    'late': ('in the last stage alone', {'centroids.first_layer': 13}),
+    'everywhere': ('in all layers', {'centroids.first_layer': 0}),
+    'paper_noise': (
+      "with the paper's noise on the centroids",
+      {'loss.noise': (0.5, 1.0)},
     ),
   },
   'ideas': {
-    'recipe': Variant('recipe of that time', {}),
-    'minmax_ranges': Variant(
-      'largest-magnitude ranges, plain rounding', {'quant.ranges': 'minmax'}
+    'recipe': ('recipe of that time', {}),
+    'minmax_ranges': (
+      'largest-magnitude ranges, plain rounding',
+      {'quant.ranges': 'minmax'},
     ),
-    'no_features': Variant(
-      'without distillation of features', {'loss.features': 0.0}
-    ),
-    'no_procedural': Variant(
-      'without procedural images', {'schedule.procedural_batches': 0}
+    'no_features': ('without distillation of features', {'loss.features': 0.0}),
+    'no_procedural': (
+      'without procedural images',
+      {'schedule.procedural_batches': 0},
     ),
     # As many images. The untrained generator makes one batch of them, because
     # a config without any is refused.
-    'no_generator': Variant(
+    'no_generator': (
       'procedural images alone, as many',
       {
         'schedule.warmup_steps': 0,
@@ -108,33 +99,25 @@ GROUPS: dict[str, dict[str, Variant]] = {
         'schedule.procedural_batches': _images() - 1,
       },
     ),
-    'no_headroom': Variant('without headroom', {'quant.headroom': 0.0}),
-    'unconditional': Variant(
-      "generator's BatchNorm without classes", {'generator.conditional': False}
+    'no_headroom': ('without headroom', {'quant.headroom': 0.0}),
+    'unconditional': (
+      "generator's BatchNorm without classes",
+      {'generator.conditional': False},
     ),
-    'no_prototypes': Variant(
-      'without prototypes of classes', {'generator.prototypes': 0}
+    'no_prototypes': (
+      'without prototypes of classes',
+      {'generator.prototypes': 0},
     ),
-    'no_mixup': Variant(
-      'without blended images (mixup)', {'augment.mixup': 0.0}
-    ),
-    'cross_entropy': Variant(
-      'with cross-entropy', {'loss.student_cross_entropy': 1.0}
+    'no_mixup': ('without blended images (mixup)', {'augment.mixup': 0.0}),
+    'cross_entropy': (
+      'with cross-entropy',
+      {'loss.student_cross_entropy': 1.0},
     ),
   },
 }
 # Those that show nothing on CIFAR-10, with ten times the classes.
-GROUPS['many_classes'] = {
-  name: GROUPS['ideas'][name]
-  for name in (
-    'recipe',
-    'no_headroom',
-    'unconditional',
-    'no_prototypes',
-    'no_mixup',
-    'cross_entropy',
-  )
-}
+_MANY = 'recipe no_headroom unconditional no_prototypes no_mixup cross_entropy'
+GROUPS['many_classes'] = {name: GROUPS['ideas'][name] for name in _MANY.split()}
 CONFIGS = dict.fromkeys(GROUPS, 'cifar10_resnet20_fast') | {
   'many_classes': 'cifar100_variant'
 }
@@ -207,14 +190,13 @@ def measure(base: str, name: str, variant: Variant, seed: int, stages: Stages):
     seed: of the run.
     stages: what variants of this seed share.
   """
+  _, fields = variant
   for label, bits in BITS.items():
-    fields = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
-    config = time_to_accuracy.read_config(
-      base, seed, SHORT | variant.fields | fields
-    )
+    own = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
+    config = time_to_accuracy.read_config(base, seed, SHORT | fields | own)
     images = session_lib.load_images(config, session_lib.load_teacher(config))
     bench = time_to_accuracy.Bench(config, images)
-    stages.bring(bench, variant.fields)
+    stages.bring(bench, fields)
     course = bench.train_student(EVERY)
     drops = [round(point.drop, 2) for point in course]
     print(f'{name} {label} seed {seed}: {drops}', flush=True)
@@ -223,14 +205,11 @@ def measure(base: str, name: str, variant: Variant, seed: int, stages: Stages):
       'variant': name,
       'bits': label,
       'seed': seed,
-      'overrides': variant.fields,
+      'overrides': fields,
       'every': EVERY,
       'drops': drops,
       'divergences': [round(point.divergence, 4) for point in course],
-      'kind': 'measured',
-      'commit': common.commit(),
-      'date': datetime.date.today().isoformat(),
-      'machine': common.machine(),
+      **common.provenance(),
     }
 
 

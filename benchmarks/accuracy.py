@@ -9,10 +9,8 @@ again goes on where it stopped. `python -m benchmarks.results` makes the tables.
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
-import os
 import pathlib
 import signal
 import statistics
@@ -172,10 +170,8 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     'losses': losses(workdir),
     'own_generator': not stored['generator']['workdir'],
     **{k: results[k] for k in ('wall_s', 'compile_s', 'peak_rss_mb')},
-    'kind': 'measured',
+    **common.provenance(),
     'commit': started.read_text(),
-    'date': datetime.date.today().isoformat(),
-    'machine': common.machine() | {'load': round(os.getloadavg()[2], 2)},
   }
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.bit_exactness runs/mine [--images=FILE.npz]
 
 Runs `export/integer.onnx` of a workdir in ONNX Runtime, in both of its kernel
-modes, and in OpenVINO where it is installed. The script counts the images whose
-logits are equal in every bit. It also prints accuracy and agreement of the
-fake-quantized, the integer and the runtime's network. Default images: Fashion-MNIST's test set.
+modes, and in OpenVINO where it is installed. The script counts the images
+whose logits are equal in every bit. It also prints accuracy and agreement of
+the fake-quantized, the integer and the runtime's network. By default it uses
+Fashion-MNIST's test set.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What several benchmarks share: paths, how runs start, machine and commit."""
 
+import datetime
 import os
 import pathlib
 import platform
@@ -43,6 +44,16 @@ def commit() -> str:
   name = git('rev-parse', '--short', 'HEAD').stdout.strip() or 'unknown'
   changed = git('diff', '--quiet', 'HEAD', '--', 'clusterq_jax', 'configs')
   return name + '+' * bool(changed.returncode)
+
+
+def provenance() -> dict[str, Any]:
+  """Returns what a record must hold about a figure that was just measured."""
+  return {
+    'kind': 'measured',
+    'commit': commit(),
+    'date': datetime.date.today().isoformat(),
+    'machine': machine() | {'load': load_average()},
+  }
 
 
 def load_average() -> float:

@@ -3,9 +3,9 @@
     python -m benchmarks.random_weights --arch=resnet18 --output=F.safetensors
 
 Kernels, gains and biases are random. BatchNorm statistics are those of noise
-images, so that activations keep their scale through the network, as with trained
-weights. They serve speed, size and bit-exactness, which do not depend on
-accuracy.
+images, so that activations keep their scale through the network, as with
+trained weights. They serve speed, size and bit-exactness, which do not depend
+on accuracy.
 """
 
 import argparse

@@ -9,9 +9,9 @@ turn. Beside other work, trust the ratios of CPU time. MB are the compiler's
 figures for arguments, results and temporaries on one device; peak MB is the
 memory of the process. Weights are random.
 
-`steady` is a whole run of 5,000 small steps, watched from outside. The exit code
-is 1 if, from the first thousand to the last, its memory grows by 16 MB and 2 %,
-or its median step by 20 %.
+`steady` is a whole run of 5,000 small steps, watched from outside. The exit
+code is 1 if, from the first thousand to the last, its memory grows by 16 MB and
+2 %, or its median step by 20 %.
 """
 
 import argparse
@@ -37,8 +37,8 @@ BASE = {
   'devices': 1,
   'threads': os.cpu_count(),
 }
-# Size of XLA's pool. A collective on a fake device keeps a thread until the other
-# devices arrive. With fewer threads they can wait for ever.
+# Size of XLA's pool. A collective on a fake device keeps a thread until the
+# other devices arrive. With fewer threads they can wait for ever.
 MANY_THREADS = 16
 # By title: what the rows differ in. They are compared with the first row.
 SERIES = {

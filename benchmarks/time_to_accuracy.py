@@ -15,7 +15,6 @@ this file. `--steps 2 2 4` tries the script and records nothing.
 
 import argparse
 import contextlib
-import datetime
 import functools
 import runpy
 import sys
@@ -186,15 +185,27 @@ def read_config(name: str, seed: int, fields: dict[str, Any]) -> Config:
   """Resolves a config of configs/ on the data of the tests."""
   path = common.ROOT / 'configs' / f'{name}.py'
   config = runpy.run_path(str(path))['get_config']()
-  given = accuracy.inputs(name)[1] | {'seed': seed, **fields}
+  given = accuracy.inputs(name)[1] | {'seed': seed}
+  # As in the records, and for comparison with published drops.
+  given |= {'quant.placement': 'paper', **fields}
   config.update_from_flattened_dict(given)
   return config_lib.resolve(config)
 
 
 def measure(
   name: str, seed: int, every: int, fields: dict[str, Any]
-) -> dict[str, list[Point]]:
-  """Returns the course of every method with one seed; fields: of the config."""
+) -> tuple[dict[str, list[Point]], int]:
+  """Runs every method with one seed.
+
+  Args:
+    name: of the config.
+    seed: of the runs.
+    every: student steps between evaluations.
+    fields: of the config, and their values.
+
+  Returns:
+    The course of each method, and the number of images.
+  """
   minmax = read_config(name, seed, fields | {'quant.ranges': 'minmax'})
   images = session_lib.load_images(minmax, session_lib.load_teacher(minmax))
   courses: dict[str, list[Point]] = {}
@@ -210,7 +221,7 @@ def measure(
       calibration = bench.seconds - calibrated
       courses |= untrained(bench, minmax, procedural, calibration)
     courses[method] = bench.train_student(every)
-  return courses
+  return courses, len(images.labels)
 
 
 def targets(config: str) -> dict[str, float]:
@@ -220,7 +231,7 @@ def targets(config: str) -> dict[str, float]:
 
 
 def record(
-  config: str, seed: int, method: str, course: list[Point]
+  config: str, seed: int, method: str, course: list[Point], images: int
 ) -> records.Record:
   """Makes the record of a method's course."""
   last = course[-1]
@@ -238,10 +249,8 @@ def record(
     'end_s': round(last.seconds),
     'drop': round(last.drop, 2),
     'divergence': round(last.divergence, 4),
-    'kind': 'measured',
-    'commit': common.commit(),
-    'date': datetime.date.today().isoformat(),
-    'machine': common.machine() | {'load': common.load_average()},
+    'images': images,
+    **common.provenance(),
   }
 
 
@@ -261,12 +270,13 @@ def main() -> int:
     fields = {f'schedule.{n}': c for n, c in zip(names, counts, strict=True)}
     fields['schedule.procedural_batches'] = 4  # the calibration takes four
   for seed in args.seeds:
-    courses = measure(args.config, seed, args.every, fields)
+    courses, images = measure(args.config, seed, args.every, fields)
     for method, course in courses.items():
       points = ', '.join(f'{p.seconds:.0f} s {p.drop:.2f}' for p in course)
       print(f'seed {seed}, {method}: {points}', flush=True)
       if not args.steps:
-        records.append(RECORDS, record(args.config, seed, method, course))
+        new = record(args.config, seed, method, course, images)
+        records.append(RECORDS, new)
   return 0
 
 

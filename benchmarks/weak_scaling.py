@@ -7,7 +7,8 @@ Nothing runs on a TPU. The script prints the work of one chip, and its images
 per second against those of a single chip, at the roofline of
 `clusterq_jax/modes/dryrun.py`. The first rows split the paper's batch among as
 many chips as divide it. The others keep the batch per chip constant. It needs
-no weights, because shapes are enough. Everything else is from configs/paper/ARCH.py.
+no weights, because shapes are enough. Everything else is from
+configs/paper/ARCH.py.
 """
 
 import argparse
