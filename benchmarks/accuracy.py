@@ -13,7 +13,6 @@ import itertools
 import json
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 from importlib import util
@@ -123,18 +122,6 @@ def fields(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
   return result
 
 
-def losses(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns the mean of the last ten logged values of each metric."""
-  values: dict[str, list[float]] = {}
-  for line in records.lines(workdir / 'metrics.jsonl'):
-    for key, value in line.items():
-      if key != 'step':
-        values.setdefault(key, []).append(value)
-  return {
-    k: float(f'{statistics.mean(v[-10:]):.4g}') for k, v in values.items()
-  }
-
-
 def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
   """Runs a cell, or what remains of it, and returns its record.
 
@@ -167,7 +154,6 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     'drop': round(teacher['top1'] - student['top1'], 4),
     'agreement': student['agreement'],
     'synthetic': results['synthetic'],
-    'losses': losses(workdir),
     'own_generator': not stored['generator']['workdir'],
     **{k: results[k] for k in ('wall_s', 'compile_s', 'peak_rss_mb')},
     **common.provenance(),

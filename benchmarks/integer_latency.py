@@ -1,17 +1,16 @@
-"""Compares latency, size and memory of an integer network and its float twin.
+"""Compares latency and size of an integer network and its float twin.
 
     python -m benchmarks.integer_latency runs/mine/export
 
 The script runs `integer.onnx` and `float32.onnx` in one process. In every round
 both run in turn, on one thread and on two, with one image and with sixteen. The
 script prints medians of `--rounds`, the median and the 10 to 90 % range of the
-rounds' ratios, file sizes, and the memory that a runtime adds to the process.
-Without VNNI, which the first line reports, integers gain less.
+rounds' ratios, and file sizes. Without VNNI, which the first line
+reports, integers gain less.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import pathlib
 import statistics
@@ -76,33 +75,6 @@ def compare(runtime, folder, threads, batch, rounds):
   ]
 
 
-def memory(file, batch, queue):
-  """Puts the peak memory, MB, that loading and running adds to a process."""
-  folder = file.parent
-  images = images_of(folder, batch)
-  import onnxruntime  # noqa: F401  its own memory is not measured
-
-  def resident(key):
-    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1e3
-
-  before = resident('VmRSS')
-  run = onnx_runtime(file, 1)
-  for _ in range(5):
-    run(images)
-  queue.put(resident('VmHWM') - before)
-
-
-def in_a_process(target, *args):
-  context = multiprocessing.get_context('spawn')
-  queue = context.Queue()
-  process = context.Process(target=target, args=(*args, queue))
-  process.start()
-  value = queue.get()
-  process.join()
-  return value
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('folder', type=pathlib.Path, help='of an export')
@@ -133,8 +105,6 @@ def main():
   )
   sizes = [(args.folder / name).stat().st_size for name in PAIR]
   print(f'file: {sizes[0]} -> {sizes[1]} bytes, x{sizes[0] / sizes[1]:.2f}')
-  used = [in_a_process(memory, args.folder / name, 16) for name in PAIR]
-  print(f'memory, batch 16: {used[0]:.1f} -> {used[1]:.1f} MB')
   print('runtime, threads, batch: float -> integer ms; ratio, 10-90 %')
   for name, runtime in runtimes.items():
     for threads in (1, 2):

@@ -41,25 +41,20 @@ def _git(*args: str) -> str:
 
 def main() -> None:
   rev = sys.argv[1] if len(sys.argv) > 1 else None
-  listing = (
-    f'ls-tree -r --name-only {rev}'
-    if rev
-    else 'ls-files -co --exclude-standard'
-  )
-  totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+  tree = f'ls-tree -r --name-only {rev}'
+  listing = tree if rev else 'ls-files -co --exclude-standard'
+  totals: dict = collections.defaultdict(collections.Counter)
   for name in _git(*listing.split()).splitlines():
     if not name.endswith('.py') or not (rev or (ROOT / name).exists()):
       continue
     text = _git('show', f'{rev}:{name}') if rev else (ROOT / name).read_text()
-    counts = count(text)
+    counts = dict(enumerate(count(text)))
     top, *inner = name.split('/')[:-1] or ['.']
     for folder in {'all', top, '/'.join([top, *inner[:1]])}:
-      totals[folder] = [
-        a + b for a, b in zip(totals[folder], counts, strict=True)
-      ]
+      totals[folder].update(counts)
   print(f'{"folder":32} {"code":>7} {"docstrings":>11} {"comments":>9}')
-  for folder, (code, docstrings, comments) in sorted(totals.items()):
-    print(f'{folder:32} {code:7,} {docstrings:11,} {comments:9,}')
+  for folder, total in sorted(totals.items()):
+    print(f'{folder:32} {total[0]:7,} {total[1]:11,} {total[2]:9,}')
 
 
 if __name__ == '__main__':

@@ -28,9 +28,10 @@ def accuracy() -> list[Record]:
       }
       own['evaluated_on'] = evaluated_on[file['config']]
       runs += [
-        {**file, **own, 'seed': i, 'student': s, 'drop': own['teacher'] - s}
+        {**file, **own, 'seed': i, 'student': s}
         for i, s in enumerate(file['students'])
       ]
+  runs = [r | {'drop': r['teacher'] - r['student']} for r in runs]
   names = 'config', 'bits', 'placement', 'recipe'
   order = list(NETWORKS), BITS, ('paper', 'integer'), ('present', 'earlier')
   runs.sort(

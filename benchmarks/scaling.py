@@ -1,6 +1,8 @@
 """How a step's time and memory grow with batch, classes, network and devices.
 
-    python -m benchmarks.scaling batch|classes|network|devices|steady|all
+    python -m benchmarks.scaling PART
+
+PART is batch, classes, network, devices, imagenet, steady or all.
 
 Each configuration runs in a process of its own, which compiles it once and
 discards two steps. Then all processes of a series step in turns, so that other
@@ -36,6 +38,7 @@ BASE = {
   'batch': 64,
   'devices': 1,
   'threads': os.cpu_count(),
+  'channels': (128, 64, 32),
 }
 # Size of XLA's pool. A collective on a fake device keeps a thread until the
 # other devices arrive. With fewer threads they can wait for ever.
@@ -54,6 +57,19 @@ SERIES = {
     f'Fake devices, {MANY_THREADS} threads after the first row': [
       {'devices': 1},
       *({'devices': n, 'threads': MANY_THREADS} for n in (1, 2, 4, 8)),
+    ],
+  },
+  # A student step takes its images from the pool; a joint step makes them.
+  'imagenet': {
+    'Step of ResNet-18 at 224 x 224 pixels': [
+      {
+        'step': step,
+        'arch': 'resnet18',
+        'classes': 1000,
+        'batch': 16,
+        'channels': (128, 96, 64, 32, 16, 8),
+      }
+      for step in ('student_step', 'joint_step')
     ],
   },
 }
@@ -80,6 +96,7 @@ def serve(spec: dict[str, Any]) -> None:
   config.schedule.batch_size = spec['batch']
   config.schedule.pool_batches = 1
   config.schedule.procedural_batches = 0
+  config.generator.channels = tuple(spec['channels'])
   teacher = random_weights.teacher(spec['arch'], spec['classes'])
   session = Session(config_lib.resolve(config), teacher)
   assert session.mesh.size == spec['devices']

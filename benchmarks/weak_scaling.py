@@ -6,9 +6,8 @@
 Nothing runs on a TPU. The script prints the work of one chip, and its images
 per second against those of a single chip, at the roofline of
 `clusterq_jax/modes/dryrun.py`. The first rows split the paper's batch among as
-many chips as divide it. The others keep the batch per chip constant. It needs
-no weights, because shapes are enough. Everything else is from
-configs/paper/ARCH.py.
+many chips as divide it. The others keep the batch per chip constant. Weights
+are random. Everything else is from configs/paper/ARCH.py.
 """
 
 import argparse
@@ -16,18 +15,10 @@ import functools
 import runpy
 import sys
 
-import jax
-import jax.numpy as jnp
-
-from benchmarks import common
+from benchmarks import common, random_weights
 from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float_layers
-from clusterq_jax.models import registry
-from clusterq_jax.models.graph import trace
-from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.modes import dryrun
-from clusterq_jax.weights import teacher as teacher_lib
 
 CONFIGS = common.ROOT / 'configs' / 'paper'
 CLASSES = 1000
@@ -43,15 +34,7 @@ def get_config(arch: str):
   return runpy.run_path(str(CONFIGS / f'{arch}.py'))['get_config']()
 
 
-def teacher(arch: str) -> teacher_lib.Teacher:
-  """Makes a teacher with shapes in place of weights."""
-  build = registry.builder(arch, num_classes=CLASSES)
-  prep = Preprocessing(**registry.architecture(arch).preprocessing)
-  image = jax.ShapeDtypeStruct((1, *prep.shape), jnp.float32)
-  network = build(float_layers.layer_set())
-  variables = jax.eval_shape(network.init, jax.random.key(0), image)
-  graph = trace(build)
-  return teacher_lib.Teacher(build, graph, variables, prep, CLASSES, {}, (), '')
+teacher = functools.cache(random_weights.teacher)
 
 
 @functools.cache
@@ -60,7 +43,9 @@ def need(arch: str, side: int, batch: int) -> dryrun.Need | str:
   pod = dryrun.topology(f'v5e:{side}x{side}')
   config = get_config(arch)
   config.schedule.batch_size = batch
-  target = dryrun.Target(pod, config_lib.resolve(config), teacher(arch))
+  target = dryrun.Target(
+    pod, config_lib.resolve(config), teacher(arch, CLASSES)
+  )
   return target.need(target.steps.joint_step)
 
 

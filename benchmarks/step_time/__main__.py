@@ -133,10 +133,8 @@ def child(args) -> int:
     start = time.perf_counter()
     step()
     seconds.append(time.perf_counter() - start)
-  malloc = [f'{k}={v}' for k, v in os.environ.items() if 'MALLOC' in k]
-  malloc.append(f'GLIBC_TUNABLES={os.environ.get("GLIBC_TUNABLES", "")}')
   compile_s = getattr(step, 'compile_s', 0.0)
-  print(json.dumps([seconds[WARM_UP:], compile_s, ' '.join(malloc)]))
+  print(json.dumps([seconds[WARM_UP:], compile_s]))
   return 0
 
 
@@ -161,7 +159,7 @@ def measure(args, generator: str) -> None:
         output, _ = process.communicate()
         if process.returncode:
           sys.exit(f'error: the {kind} process ended with {process.returncode}')
-        seconds, compile_s, malloc = json.loads(output.splitlines()[-1])
+        seconds, compile_s = json.loads(output.splitlines()[-1])
         rounds.append(seconds)
         compiled += [compile_s] * (kind == 'jax')
         print(f'  {generator} round {i + 1} {kind}: {common.spread(seconds)}')
@@ -170,7 +168,7 @@ def measure(args, generator: str) -> None:
   for kind, rounds in times.items():
     print(f'{generator}: {kind} {common.spread(sum(rounds, []))} s/step')
   print(f'{generator}: jax/torch {common.spread(ratios)}, medians of rounds')
-  print(f'{generator}: jax compiles in {common.spread(compiled)} s; {malloc}')
+  print(f'{generator}: jax compiles in {common.spread(compiled)} s')
 
 
 def _parse():

@@ -7,48 +7,23 @@ import jax
 import numpy as np
 from jax import tree_util
 
+from benchmarks import random_weights
 from benchmarks.step_time import setting
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
-from clusterq_jax.layers import float_layers
 from clusterq_jax.method.state import TrainState
-from clusterq_jax.models import registry
-from clusterq_jax.models.graph import trace
-from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.runtime.session import Session
-from clusterq_jax.weights.teacher import Teacher
-
-
-def _teacher(seed: int) -> Teacher:
-  """Makes a ResNet-20 with random weights, none of them at its default."""
-  build = registry.builder('resnet20', num_classes=setting.CLASSES)
-  prep = Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3)
-  rng = np.random.RandomState(seed)
-
-  def draw(path, s):
-    kernel = len(s.shape) > 1
-    width = math.sqrt(3 / math.prod(s.shape[:-1])) if kernel else 0.3
-    ranges = {'scale': (0.4, 0.8), 'var': (0.5, 1.5)}
-    low, high = ranges.get(path[-1].key, (-width, width))
-    return rng.uniform(low, high, s.shape).astype(s.dtype)
-
-  network = build(float_layers.layer_set())
-  image = np.zeros((1, *prep.shape))
-  shapes = jax.eval_shape(network.init, jax.random.key(0), image)
-  variables = tree_util.tree_map_with_path(draw, shapes)
-  return Teacher(
-    build, trace(build), variables, prep, setting.CLASSES, {}, (), ''
-  )
 
 
 def _session(args) -> Session:
-  config = config_lib.paper()
+  config = config_lib.paper_config()
   config.schedule.batch_size = args.batch_size
   config.generator.channels = setting.CHANNELS[args.generator]
   config.quant.ranges, config.student.optimizer = 'learned', 'adam'
   config.augment.probability = 0.0 if args.check else 1.0
   config.loss.noise = (0.0, 0.0) if args.check else setting.NOISE
-  return Session(config_lib.resolve(config), _teacher(args.seed))
+  teacher = random_weights.teacher('resnet20', setting.CLASSES, args.seed)
+  return Session(config_lib.resolve(config), teacher)
 
 
 def _state(session: Session, seed: int) -> TrainState:
