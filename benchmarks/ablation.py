@@ -1,249 +1,233 @@
-"""Ablations: the student's drop, step by step, without this and without that.
+"""Ablations: the student's drop, with one part of the recipe changed.
 
     python -m benchmarks.ablation class_terms [--seeds 0 1 2]
     python -m benchmarks.ablation ideas [--seeds 0 1 2]
     python -m benchmarks.ablation many_classes [--seeds 0 1 2]
-    python -m benchmarks.ablation GROUP --table        # of what was measured
 
-On CIFAR-10, or for `many_classes` CIFAR-100, with the recipe a quarter as long:
-from each variant's generator a student of W4A4 and one of W3A3, evaluated along
-the way. A line for each goes to records/ablation.jsonl beside this file; what
-has one is not run again. The script ends with a table of all lines; results.py
-draws their curves.
+The groups use CIFAR-10, and `many_classes` uses CIFAR-100. The recipe is a
+quarter as long. Each variant's generator serves a student at W4A4 and one at
+W3A3, which the script evaluates along the way. A line for each student goes to
+records/ablation.jsonl beside this file. What has a line is not run again.
+`python -m benchmarks.results` makes tables and charts.
 """
 
 import argparse
-import datetime
-import json
-import pathlib
-import statistics
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import accuracy, time_to_accuracy
+from benchmarks import common, records, time_to_accuracy
 from clusterq_jax import config as config_lib
 from clusterq_jax import sharding
 from clusterq_jax.runtime import reuse
-from clusterq_jax.runtime import session as experiment
+from clusterq_jax.runtime import session as session_lib
 
-RECORDS = pathlib.Path(__file__).parent / 'records' / 'ablation.jsonl'
+RECORDS = records.FOLDER / 'ablation.jsonl'
 BITS = {'W4A4': 4, 'W3A3': 3}
-# Of a record's lists: unit, and format.
-FIGURES = {'drops': ('drop, points', '.2f'), 'divergences': ('KL, nats', '.4f')}
 EVERY = 30  # student steps per evaluation
-RECIPE = config_lib.flatten(config_lib.fast())
+# As in the records. Adversarial images came later; whole runs measure them.
 SHORT = {
-  field: value
-  for field, value in config_lib.flatten(config_lib.fast(1 / 4)).items()
-  if value != RECIPE[field]
-} | {
-  # Came after most of the records; whole runs tell what it does.
+  'budget': 1 / 4,
   'augment.adversarial': 0.0,
 }
-# Differences of each variant to the recipe, by group. The charts draw every
-# variant beside the first of its group.
-GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+# Its label in tables and charts, and the fields in which it differs.
+Variant = tuple[str, dict[str, Any]]
+
+
+def _images() -> int:
+  """Returns the number of batches in the pool of the short recipe."""
+  config = config_lib.default_config()
+  config.update_from_flattened_dict(SHORT)
+  schedule = config_lib.resolve(config).schedule
+  return schedule.pool_batches + schedule.procedural_batches
+
+
+_LOSS = config_lib.default_config().loss
+# By group. Tables and charts compare each variant with the first of its group.
+GROUPS: dict[str, dict[str, Variant]] = {
   'class_terms': {
-    'none': time_to_accuracy.NO_CLASS_TERMS,
-    'recipe': {},
-    # The paper's table IV, with the run that `no_diversity` must be compared
-    # with: diversity is SFDA with noise on its target, so without it SFDA
-    # weighs less in all.
-    'no_diversity': {'loss.diversity': 0.0},
-    'no_ema': {'centroids.decay': 0.0},
-    'neither': {'loss.diversity': 0.0, 'centroids.decay': 0.0},
-    'sfda_raised': {
-      'loss.sfda': RECIPE['loss.sfda'] + RECIPE['loss.diversity'],
-      'loss.diversity': 0.0,
-    },
-    # Other uses. Summed over ten classes, as eq. 4 has it, they weigh ten
-    # times as much, which is about as much as the statistics of all.
-    'summed': {'loss.class_reduction': 'sum'},
-    'late': {'centroids.first_layer': 13},  # the last stage alone
-    'everywhere': {'centroids.first_layer': 0},
-    'paper_noise': {'loss.noise': (0.5, 1.0)},  # of the stored deviations
+    'none': (
+      'no class terms (a2 = a3 = 0)',
+      {'loss.sfda': 0.0, 'loss.diversity': 0.0},
+    ),
+    'recipe': ('class terms of the recipe', {}),
+    # The paper's table IV, and `sfda_raised`, which `no_diversity` must be
+    # compared with: diversity is SFDA with noise on its target, so without it
+    # the total weight of SFDA is smaller.
+    'no_diversity': ('without the diversity loss', {'loss.diversity': 0.0}),
+    'no_ema': ('without EMA of the centroids', {'centroids.decay': 0.0}),
+    'neither': (
+      'without both',
+      {'loss.diversity': 0.0, 'centroids.decay': 0.0},
+    ),
+    'sfda_raised': (
+      'a2 raised by a3, no diversity loss',
+      {'loss.sfda': _LOSS.sfda + _LOSS.diversity, 'loss.diversity': 0.0},
+    ),
+    # Summed over ten classes, the terms weigh ten times as much. That is about
+    # the weight of the statistics loss.
+    'summed': ('summed over classes (eq. 4)', {'loss.class_reduction': 'sum'}),
+    'late': ('in the last stage alone', {'centroids.first_layer': 13}),
+    'everywhere': ('in all layers', {'centroids.first_layer': 0}),
+    'paper_noise': (
+      "with the paper's noise on the centroids",
+      {'loss.noise': (0.5, 1.0)},
+    ),
   },
-  # Without each of what the recipe adds to the paper.
   'ideas': {
-    'recipe': {},
-    'cross_entropy': {'loss.student_cross_entropy': 1.0},
-    'no_features': {'loss.features': 0.0},
-    'no_mixup': {'augment.mixup': 0.0},
-    'no_headroom': {'quant.headroom': 0.0},
-    'minmax_ranges': {'quant.ranges': 'minmax'},
-    'no_procedural': {'schedule.procedural_batches': 0},
-    # As many images, of which the generator, untrained, makes one batch: a
-    # config without any would be refused.
-    'no_generator': {
-      'schedule.warmup_steps': 0,
-      'schedule.generator_steps': 1,
-      'schedule.pool_batches': 1,
-      'schedule.procedural_batches': SHORT['schedule.pool_batches']
-      + SHORT['schedule.procedural_batches']
-      - 1,
-    },
-    'no_prototypes': {'generator.prototypes': 0},
-    'unconditional': {'generator.conditional': False},
-    'absolute_statistics': {'loss.relative': 'noise'},
+    'recipe': ('recipe of that time', {}),
+    'minmax_ranges': (
+      'largest-magnitude ranges, plain rounding',
+      {'quant.ranges': 'minmax'},
+    ),
+    'no_features': ('without distillation of features', {'loss.features': 0.0}),
+    'no_procedural': (
+      'without procedural images',
+      {'schedule.procedural_batches': 0},
+    ),
+    # As many images. The untrained generator makes one batch of them, because
+    # a config without any is refused.
+    'no_generator': (
+      'procedural images alone, as many',
+      {
+        'schedule.warmup_steps': 0,
+        'schedule.generator_steps': 1,
+        'schedule.pool_batches': 1,
+        'schedule.procedural_batches': _images() - 1,
+      },
+    ),
+    'no_headroom': ('without headroom', {'quant.headroom': 0.0}),
+    'unconditional': (
+      "generator's BatchNorm without classes",
+      {'generator.conditional': False},
+    ),
+    'no_prototypes': (
+      'without prototypes of classes',
+      {'generator.prototypes': 0},
+    ),
+    'no_mixup': ('without blended images (mixup)', {'augment.mixup': 0.0}),
+    'cross_entropy': (
+      'with cross-entropy',
+      {'loss.student_cross_entropy': 1.0},
+    ),
   },
 }
-# Those of which CIFAR-10 shows nothing, on ten times the classes.
-GROUPS['many_classes'] = {
-  name: GROUPS['ideas'][name]
-  for name in (
-    'recipe',
-    'cross_entropy',
-    'no_mixup',
-    'no_headroom',
-    'no_prototypes',
-    'unconditional',
-    'absolute_statistics',
-  )
-}
+# Those that show nothing on CIFAR-10, with ten times the classes.
+_MANY = 'recipe no_headroom unconditional no_prototypes no_mixup cross_entropy'
+GROUPS['many_classes'] = {name: GROUPS['ideas'][name] for name in _MANY.split()}
 CONFIGS = dict.fromkeys(GROUPS, 'cifar10_resnet20_fast') | {
   'many_classes': 'cifar100_variant'
 }
-# Beginnings of fields that a stage of a run does not depend on.
 _NOT_GENERATOR = (*reuse.STUDENT_FIELDS, 'schedule.procedural_batches')
-_NOT_WARM_UP = (
-  *_NOT_GENERATOR,
-  'loss.sfda',
-  'loss.diversity',
-  'loss.noise',
-  'loss.class_reduction',
-  'centroids.',
-)
-_NOT_PROCEDURAL = (*reuse.STUDENT_FIELDS, 'loss.', 'centroids.', 'generator.')
+# By phase: beginnings of the fields that it does not depend on.
+_FREE = {
+  'warm-up': (
+    *_NOT_GENERATOR,
+    'loss.sfda',
+    'loss.diversity',
+    'loss.noise',
+    'loss.class_reduction',
+    'centroids.',
+  ),
+  'generator': _NOT_GENERATOR,
+  'procedural': (*reuse.STUDENT_FIELDS, 'loss.', 'centroids.', 'generator.'),
+}
+_GENERATOR_PARTS = ('generator', 'generator_opt', 'centroids')
 
 
 class Stages:
-  """What variants share of one seed: made once, kept on the host."""
+  """Phases that variants of one seed share: run once, kept on the host."""
 
   def __init__(self):
     self._kept: dict[tuple, dict[str, Any]] = {}
 
-  def bring(self, bench: time_to_accuracy.Bench, variant: dict) -> None:
-    """Brings a new bench to its first student step."""
-    steps, schedule = bench.steps, bench.config.schedule
-    learned = 'step', 'generator', 'generator_opt'
+  def bring(self, bench: time_to_accuracy.Bench, fields: dict) -> None:
+    """Brings a new bench to its first student step.
 
-    def once(name, free, make, *fields):
-      given = ((k, v) for k, v in variant.items() if not k.startswith(free))
-      key = (name, *sorted(given))
+    Args:
+      bench: before its first step.
+      fields: of the variant.
+    """
+    session = bench.session
+    schedule = session.config.schedule
+    drawn = schedule.pool_batches * schedule.batch_size
+    *before, last = session.phases
+    for phase in before:
+      given = (
+        f for f in fields.items() if not f[0].startswith(_FREE[phase.name])
+      )
+      key = (phase.name, *sorted(given))
+      procedural = phase.name == 'procedural'
+      rows = slice(drawn, None) if procedural else slice(drawn)
       if key not in self._kept:
-        make()
-        made = {field: getattr(bench.state, field) for field in fields}
-        self._kept[key] = jax.device_get(made)
-      return self._kept[key]
-
-    def give(**fields):
-      if isinstance(fields['step'], int):
-        fields['step'] = jnp.full_like(bench.state.step, fields['step'])
-      everywhere = sharding.replicated(steps.mesh)
-      bench.state = jax.device_put(bench.state.replace(**fields), everywhere)
-
-    def train_generator():
-      give(**once('warm-up', _NOT_WARM_UP, bench.warm_up, *learned))
-      bench.train_generator()
-
-    def make_procedural():
-      give(step=steps.procedural_start)
-      bench.make_procedural()
-
-    fields = *learned, 'centroids', 'pool'
-    made = once('generator', _NOT_GENERATOR, train_generator, *fields)
-    drawn = steps.pool_batches * steps.batch_size
-    pool = made['pool'][:drawn]
-    if steps.procedural_batches:
-      shared = once('procedural', _NOT_PROCEDURAL, make_procedural, 'pool')
-      pool = np.concatenate([pool, shared['pool'][drawn:]])
-    first = config_lib.total_steps(schedule) - schedule.student_steps
-    give(**{**made, 'pool': pool, 'step': first})
-    bench.calibrate()
+        bench.run(phase)
+        parts = () if procedural else _GENERATOR_PARTS
+        made = {part: getattr(bench.state, part) for part in parts}
+        self._kept[key] = jax.device_get(
+          {**made, 'pool': bench.state.pool[rows]}
+        )
+      made = dict(self._kept[key])
+      pool = np.array(bench.state.pool)
+      pool[rows] = made.pop('pool')
+      step = jnp.full_like(bench.state.step, phase.end)
+      bench.state = jax.device_put(
+        bench.state.replace(**made, pool=pool, step=step),
+        sharding.replicated(session.mesh),
+      )
+    bench.enter(last)
 
 
-def measure(
-  base: str, name: str, variant: dict[str, Any], seed: int, stages: Stages
-) -> Iterator[dict[str, Any]]:
-  """Records of a variant, by bits; base: config that it varies."""
+def measure(base: str, name: str, variant: Variant, seed: int, stages: Stages):
+  """Yields a record for each bit width.
+
+  Args:
+    base: config that the variant changes.
+    name: of the variant.
+    variant: what it changes.
+    seed: of the run.
+    stages: what variants of this seed share.
+  """
+  _, fields = variant
   for label, bits in BITS.items():
-    fields = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
-    config = time_to_accuracy.read_config(base, seed, SHORT | variant | fields)
-    images = experiment.load_images(config, experiment.load_teacher(config))
+    own = {'quant.weight_bits': bits, 'quant.activation_bits': bits}
+    config = time_to_accuracy.read_config(base, seed, SHORT | fields | own)
+    images = session_lib.load_images(config, session_lib.load_teacher(config))
     bench = time_to_accuracy.Bench(config, images)
-    stages.bring(bench, variant)
+    stages.bring(bench, fields)
     course = bench.train_student(EVERY)
-    record = {
+    drops = [round(point.drop, 2) for point in course]
+    print(f'{name} {label} seed {seed}: {drops}', flush=True)
+    yield {
       'config': base,
       'variant': name,
       'bits': label,
       'seed': seed,
-      'overrides': variant,
+      'overrides': fields,
       'every': EVERY,
-      'drops': [round(point.drop, 2) for point in course],
+      'drops': drops,
       'divergences': [round(point.divergence, 4) for point in course],
-      'kind': 'measured',
-      'commit': accuracy.code(),
-      'date': datetime.date.today().isoformat(),
-      'machine': accuracy.machine(),
+      **common.provenance(),
     }
-    print(
-      f'{name} {record["bits"]} seed {seed}: {record["drops"]}, '
-      f'{record["divergences"]}',
-      flush=True,
-    )
-    yield record
-
-
-def table(records: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-  """Lines of a Markdown table: means of the last step, and every seed's."""
-  columns = [(bits, of) for bits in BITS for of in FIGURES]
-  heads = (f'{bits} {FIGURES[of][0]}' for bits, of in columns)
-  yield f'| variant | {" | ".join(heads)} |'
-  yield '|---' * (1 + len(columns)) + '|'
-  for name in names:
-    cells = []
-    for bits, of in columns:
-      some = [r for r in records if (r['variant'], r['bits']) == (name, bits)]
-      ends = [r[of][-1] for r in sorted(some, key=lambda r: r['seed'])]
-      mean, *ends = (
-        f'{x:{FIGURES[of][1]}}' for x in (statistics.mean(ends), *ends)
-      )
-      cells.append(f'{mean} ({", ".join(ends)})')
-    yield f'| `{name}` | {" | ".join(cells)} |'
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  add = parser.add_argument
-  add('group', choices=GROUPS)
-  add('--seeds', type=int, nargs='+', default=[0, 1, 2])
-  add('--table', action='store_true', help='print the table, run nothing')
+  parser.add_argument('group', choices=GROUPS)
+  parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   args = parser.parse_args()
-  group, base = GROUPS[args.group], CONFIGS[args.group]
-
-  def known():
-    return [r for r in accuracy.read(RECORDS) if r['config'] == base]
-
-  for seed in [] if args.table else args.seeds:
+  base = CONFIGS[args.group]
+  done = {
+    (r['config'], r['variant'], r['seed']) for r in records.lines(RECORDS)
+  }
+  for seed in args.seeds:
     stages = Stages()
-    for name, variant in group.items():
-      done = {(r['variant'], r['seed']) for r in known()}
-      if (name, seed) not in done:
+    for name, variant in GROUPS[args.group].items():
+      if (base, name, seed) not in done:
         new = list(measure(base, name, variant, seed, stages))
-        with RECORDS.open('a') as file:
-          file.writelines(json.dumps(record) + '\n' for record in new)
-  records = known()
-  names = [n for n in group if n in {r['variant'] for r in records}]
-  if not names:
-    print(f'error: {RECORDS}: no records of {args.group}', file=sys.stderr)
-    return 2
-  print('\n'.join(table(records, names)))
+        records.append(RECORDS, *new)
   return 0
 
 

@@ -1,11 +1,12 @@
-"""Does a runtime compute what our integer evaluation does, image by image?
+"""Compares runtimes with the integer evaluation in JAX, image by image.
 
     python -m benchmarks.bit_exactness runs/mine [--images=FILE.npz]
 
 Runs `export/integer.onnx` of a workdir in ONNX Runtime, in both of its kernel
-modes, and in OpenVINO where it is installed. Counts the images whose logits are
-equal in every bit. Also prints accuracy and agreement of the fake-quantized,
-the integer and the runtime's network. Default images: Fashion-MNIST's test set.
+modes, and in OpenVINO where it is installed. The script counts the images
+whose logits are equal in every bit. It also prints accuracy and agreement of
+the fake-quantized, the integer and the runtime's network. By default it uses
+Fashion-MNIST's test set.
 """
 
 import argparse
@@ -17,12 +18,10 @@ import numpy as np
 from clusterq_jax import data, errors, load_student
 from clusterq_jax.runtime import evaluation
 
-BATCH = 250
 
-
-def in_batches(run, images):
-  """Logits [N, K] of images [N, ...], in batches of one size but the last."""
-  parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+def in_batches(run, images, size=250):
+  """Returns logits [N, K] of images [N, ...], in batches of this size."""
+  parts = [images[i : i + size] for i in range(0, len(images), size)]
   return np.concatenate([np.asarray(run(part)) for part in parts])
 
 
@@ -42,7 +41,7 @@ def runtimes(file):
     import openvino as ov
   except ImportError:
     return
-  # It would take bfloat16 for what is not in integers, where the CPU has it.
+  # By default it uses bfloat16 for what is not in integers, if the CPU can.
   settings = {'INFERENCE_PRECISION_HINT': 'f32'}
   compiled = ov.Core().compile_model(str(file), 'CPU', settings)
   yield f'OpenVINO {ov.__version__.split("-")[0]}', lambda x: compiled(x)[0]
@@ -66,7 +65,7 @@ def main():
     parser.error(str(e))
   file = args.workdir / 'export' / 'integer.onnx'
   if not file.exists():
-    parser.error(f'{file}: not there; expected what --mode=export writes')
+    parser.error(f'{file}: missing; expected what --mode=export writes')
 
   def top1(classes):
     return evaluation.percent(classes == images.labels)

@@ -1,11 +1,11 @@
-"""Is what each architecture exports what the integer evaluation computes?
+"""Checks that each architecture exports what the integer evaluation computes.
 
     python -m benchmarks.export_architectures [ARCH ...] [--bits=8]
 
-Weights are random, ranges come from two procedural images. The script checks on
+Weights are random; ranges come from two procedural images. The script checks on
 procedural and noise images that ONNX Runtime's logits equal the integer
 evaluation, in both kernel modes, and that its optimized graph computes every
-convolution in integers. Exit code 1: it does not.
+convolution in integers. The exit code is 1 if one of these fails.
 """
 
 import argparse
@@ -35,11 +35,11 @@ ARCHITECTURES = (
   *(f'efficientnet_lite{i}' for i in range(5)),
 )
 CLASSES = 1000
-_CALIBRATION = 2  # images: ranges, not accuracy, are what is needed
+_CALIBRATION = 2  # images; ranges need no accuracy
 
 
 def fold(arch: str, bits: int):
-  """The integer network, its wiring, input, and number of weights."""
+  """Returns the integer network, its graph, input and number of weights."""
   variables, prep = random_weights.make(arch, CLASSES, seed=0)
   build = registry.builder(arch, num_classes=CLASSES)
   graph = trace(build)
@@ -59,7 +59,7 @@ def fold(arch: str, bits: int):
 
 
 def optimised(file: pathlib.Path) -> Counter[str]:
-  """Operators of the graph that ONNX Runtime makes of a file."""
+  """Counts the operators of the graph that ONNX Runtime makes of a file."""
   options = onnxruntime.SessionOptions()
   options.optimized_model_filepath = str(file.with_suffix('.optimised'))
   onnxruntime.InferenceSession(
@@ -70,19 +70,15 @@ def optimised(file: pathlib.Path) -> Counter[str]:
 
 
 def check(arch: str, bits: int, count: int) -> bool:
-  """Prints a line of what was found; whether all is as it should be."""
+  """Prints a line of what was found; returns whether all is right."""
   folded, graph, prep, weights = fold(arch, bits)
   draw = np.random.RandomState(1)
   x = procedural.dead_leaves(jax.random.key(1), count, prep.shape)
   noise = draw.randint(0, 256, (count, *prep.shape), np.uint8)
-  # Half of them noise, in which every value occurs.
+  # Half of the images are noise, in which every value occurs.
   half = count // 2
   images = np.concatenate([np.asarray(prep.to_pixels(x))[half:], noise[:half]])
-  step = 16
-  ours = jax.jit(folded.logits)
-  logits = np.concatenate(
-    [ours(images[i : i + step]) for i in range(0, count, step)]
-  )
+  logits = bit_exactness.in_batches(jax.jit(folded.logits), images, 16)
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / 'integer.onnx'
     model = onnx_layers.integer_model(folded, {})
@@ -92,9 +88,7 @@ def check(arch: str, bits: int, count: int) -> bool:
     convolutions = operators['QLinearConv'], operators['Conv']
     exact = []
     for _, run in bit_exactness.runtimes(file):
-      theirs = np.concatenate(
-        [run(images[i : i + step]) for i in range(0, count, step)]
-      )
+      theirs = bit_exactness.in_batches(run, images, 16)
       exact.append(int(np.all(theirs == logits, -1).sum()))
   different = len(np.unique(logits, axis=0))
   wanted = len(graph.batch_norms)

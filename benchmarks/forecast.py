@@ -2,10 +2,10 @@
 
     python -m benchmarks.forecast [RECORDS] [--write]
 
-RECORDS: JSON lines as accuracy.py writes them, which are taken by default.
-Printed is how well every network is forecast from the other ones, and every bit
-width from the others; --write puts the coefficients from all into the package.
-See clusterq_jax/forecast.py.
+RECORDS are JSON lines as accuracy.py writes them; by default its file. The
+script prints how well each network is forecast from the other networks, and
+each bit width from the others. --write puts the coefficients of all records
+into the package. See clusterq_jax/runtime/forecast.py.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from typing import Any
 from scipy import stats
 
 from benchmarks import accuracy
+from benchmarks import records as records_lib
 from clusterq_jax.runtime import forecast
 
 LEVEL = 0.9  # of the interval
-IMAGES = 5000  # that the margin is for: the scatter goes with 1 / images
+IMAGES = 5000  # of the margin; the variance of a drop goes with 1 / images
 
 
 def divergence(record: dict[str, Any]) -> float:
@@ -31,14 +32,20 @@ def divergence(record: dict[str, Any]) -> float:
 
 
 def fit(networks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-  """Coefficients from records by network, two networks at least.
+  """Fits the coefficients to records by network.
 
-  Networks count alike, however many runs each has: the slope is the geometric
-  mean of theirs, and `factor` the interval for that of one more network, by
-  Student's t. `margin`, times the root of the divergence, is the like for a run
-  of a known slope: the scatter of seeds and bits, and that of the accuracy
-  itself on 5,000 images, which comes from those that student and teacher answer
-  differently; their share goes with that root.
+  Every network has the same weight, however many runs it has. The slope is the
+  geometric mean over the networks, and `factor` is the interval for one more
+  network, by Student's t. `margin`, times the root of the divergence, is the
+  interval for a run whose slope is known. It covers the scatter of seeds and
+  bits, and of the accuracy on 5,000 images. The latter comes from images that
+  student and teacher answer differently; their share grows with that root.
+
+  Args:
+    networks: records by network, of two networks or more.
+
+  Returns:
+    What the package's forecast file holds.
   """
   slopes = {
     name: sum(r['drop'] for r in runs) / sum(map(divergence, runs))
@@ -69,11 +76,11 @@ def fit(networks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def by_network(records: list[dict[str, Any]]) -> dict[str, list[dict]]:
-  """Runs by network, of those that say something about a slope."""
+  """Returns the runs of each network whose slope can be estimated."""
   networks: dict[str, list[dict[str, Any]]] = {}
   for record in records:
     networks.setdefault(record['config'], []).append(record)
-  # The slope of a network that loses nothing, or of one run, says nothing.
+  # One run, or a network that loses nothing, gives no slope.
   return {
     name: runs
     for name, runs in networks.items()
@@ -113,17 +120,6 @@ def left_out(
       }
 
 
-def leave_out(records: list[dict[str, Any]], field: str) -> Iterator[str]:
-  """A table: runs beside what runs of other values of a field say of them."""
-  yield f'| without this {field} | network | student | runs | drop | forecast |'
-  yield '|---|---|---|---|---|---|'
-  for row in left_out(records, field):
-    yield (
-      f'| {row[field]} | {row["config"]} | {row["bits"]} {row["placement"]} | '
-      f'{row["runs"]} | {row["drop"]:.2f} | {row["forecast"]:.2f} |'
-    )
-
-
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
@@ -131,10 +127,10 @@ def main() -> int:
   )
   parser.add_argument('--write', action='store_true')
   args = parser.parse_args()
-  # Lines from before it was measured lack it.
+  # Older lines lack the divergence.
   records = [
     r
-    for r in accuracy.read(args.records)
+    for r in records_lib.lines(args.records)
     if 'blended_divergence' in r['synthetic']
   ]
   networks = by_network(records)
@@ -146,7 +142,8 @@ def main() -> int:
     )
     return 2
   for field in ('config', 'bits'):
-    print('\n'.join(leave_out(records, field)) + '\n')
+    print(f'each {field} from the other ones, drops in points:')
+    print(*left_out(records, field), sep='\n')
   coefficients = fit(networks)
   print(json.dumps(coefficients, indent=2))
   if args.write:

@@ -1,17 +1,16 @@
-"""Latency, size and memory of an exported network against its float twin.
+"""Compares latency and size of an integer network and its float twin.
 
     python -m benchmarks.integer_latency runs/mine/export
 
-Compares `integer.onnx` with `float32.onnx` in one process. In every round both
-run in turn, on one thread and on two, with one image and with sixteen. The
+The script runs `integer.onnx` and `float32.onnx` in one process. In every round
+both run in turn, on one thread and on two, with one image and with sixteen. The
 script prints medians of `--rounds`, the median and the 10 to 90 % range of the
-rounds' ratios, file sizes, and the memory that a runtime adds to the process.
-Without VNNI, which the first line reports, integers gain less.
+rounds' ratios, and file sizes. Without VNNI, which the first line
+reports, integers gain less.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import pathlib
 import statistics
@@ -62,45 +61,18 @@ def seconds(run, images, calls):
 
 
 def compare(runtime, folder, threads, batch, rounds):
-  """Per round, both files in turn; returns [rounds, 2] seconds per call."""
+  """Runs both files in turn; returns seconds per call, [rounds, 2]."""
   images = images_of(folder, batch)
   runs = [runtime(folder / name, threads) for name in PAIR]
   for run in runs:
     seconds(run, images, 20)
-  # As many calls as take a twentieth of a second, so that a round is short
-  # beside what else happens on the machine.
+  # A round takes a twentieth of a second, so that other load on the machine
+  # affects both files alike.
   calls = [max(3, int(0.05 / seconds(run, images, 20))) for run in runs]
   return [
     [seconds(run, images, n) for run, n in zip(runs, calls, strict=True)]
     for _ in range(rounds)
   ]
-
-
-def memory(file, batch, queue):
-  """Peak resident memory in MB that loading and running adds, in a process."""
-  folder = file.parent
-  images = images_of(folder, batch)
-  import onnxruntime  # noqa: F401  not part of what is measured
-
-  def resident(key):
-    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1e3
-
-  before = resident('VmRSS')
-  run = onnx_runtime(file, 1)
-  for _ in range(5):
-    run(images)
-  queue.put(resident('VmHWM') - before)
-
-
-def in_a_process(target, *args):
-  context = multiprocessing.get_context('spawn')
-  queue = context.Queue()
-  process = context.Process(target=target, args=(*args, queue))
-  process.start()
-  value = queue.get()
-  process.join()
-  return value
 
 
 def main():
@@ -133,8 +105,6 @@ def main():
   )
   sizes = [(args.folder / name).stat().st_size for name in PAIR]
   print(f'file: {sizes[0]} -> {sizes[1]} bytes, x{sizes[0] / sizes[1]:.2f}')
-  used = [in_a_process(memory, args.folder / name, 16) for name in PAIR]
-  print(f'memory, batch 16: {used[0]:.1f} -> {used[1]:.1f} MB')
   print('runtime, threads, batch: float -> integer ms; ratio, 10-90 %')
   for name, runtime in runtimes.items():
     for threads in (1, 2):

@@ -1,10 +1,11 @@
-"""Weights for a network that no trained ones can be had for.
+"""Makes random weights for a network.
 
     python -m benchmarks.random_weights --arch=resnet18 --output=F.safetensors
 
-Random kernels, gains and biases; BatchNorm statistics of noise images, so that
-activations keep their scale through the network, as with trained weights.
-For speed, size and bit-exactness, which do not depend on accuracy.
+Kernels, gains and biases are random. BatchNorm statistics are those of noise
+images, so that activations keep their scale through the network, as with
+trained weights. They serve speed, size and bit-exactness, which do not depend
+on accuracy.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from clusterq_jax.ops.moments import batch_statistics
 from clusterq_jax.weights import teacher as teacher_lib
 
 _IMAGES = 8
-# For networks of which no input is usual.
+# For networks without a usual input.
 _SMALL = {'image_size': (32, 32), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 
 
 def make(arch: str, num_classes: int, seed: int):
-  """Variables of a network, and the input that is usual for it."""
+  """Returns variables of a network, and its usual input."""
   build = registry.builder(arch, num_classes=num_classes)
   prep = Preprocessing(**(registry.architecture(arch).preprocessing or _SMALL))
   random = np.random.RandomState(seed)
@@ -68,7 +69,7 @@ def make(arch: str, num_classes: int, seed: int):
 
 
 def teacher(arch: str, num_classes: int, seed: int = 0) -> teacher_lib.Teacher:
-  """As if loaded from such a file."""
+  """Returns a teacher as if loaded from such a file."""
   variables, prep = make(arch, num_classes, seed)
   build = registry.builder(arch, num_classes=num_classes)
   options = {'num_classes': num_classes}
@@ -80,7 +81,7 @@ def teacher(arch: str, num_classes: int, seed: int = 0) -> teacher_lib.Teacher:
 def write(
   path: pathlib.Path, arch: str, num_classes: int, seed: int = 0
 ) -> None:
-  """Writes a file of the project's own format."""
+  """Writes a weights file in the format of this project."""
   variables, prep = make(arch, num_classes, seed)
   metadata = {
     'format': weights.FORMAT,

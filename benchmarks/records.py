@@ -2,7 +2,7 @@
 
 Every record says how its figures came about (`kind`) and where they come from:
 `commit`, if a script wrote the line; `source`, if a person copied the figures
-out of an older text. A measured record also names its machine.
+from an older text. A measured record also names its machine.
 """
 
 import hashlib
@@ -17,9 +17,23 @@ KINDS = ('measured', 'computed', 'quoted')
 Record = dict[str, Any]
 
 
-def names() -> list[str]:
-  """Lists the record files, by name without suffix."""
-  return sorted(file.stem for file in FOLDER.glob('*.jsonl'))
+def lines(file: pathlib.Path) -> list[Record]:
+  """Reads a file of records; a missing file has none."""
+  text = file.read_text() if file.exists() else ''
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def append(file: pathlib.Path, *new: Record) -> None:
+  """Adds records to a file.
+
+  Raises:
+    ValueError: a record lacks something.
+  """
+  for record in new:
+    if problems(record):
+      raise ValueError(f'{file}: {"; ".join(problems(record))}: {record}')
+  with file.open('a') as f:
+    f.writelines(json.dumps(record) + '\n' for record in new)
 
 
 def read(name: str, **fields: Any) -> list[Record]:
@@ -35,10 +49,9 @@ def read(name: str, **fields: Any) -> list[Record]:
   Raises:
     ValueError: no record has these values.
   """
-  lines = (FOLDER / f'{name}.jsonl').read_text().splitlines()
   found = [
     record
-    for record in map(json.loads, lines)
+    for record in lines(FOLDER / f'{name}.jsonl')
     if all(record.get(key) == value for key, value in fields.items())
   ]
   if not found:
@@ -63,15 +76,10 @@ def problems(record: Record) -> list[str]:
   found = []
   if record.get('kind') not in KINDS:
     found.append(f'kind is {record.get("kind")!r}, not one of {KINDS}')
-  if not any(
-    isinstance(record.get(key), str) and record[key]
-    for key in ('commit', 'source')
-  ):
+  if not record.get('commit') and not record.get('source'):
     found.append('neither commit nor source')
   machine = record.get('machine')
-  if record.get('kind') == 'measured' and not (
-    isinstance(machine, dict) and machine.get('cpu')
-  ):
+  if record.get('kind') == 'measured' and not (machine and machine.get('cpu')):
     found.append('measured, but no machine with a cpu')
   if record.get('kind') == 'quoted' and not record.get('work'):
     found.append('quoted, but no work that it is quoted from')

@@ -1,17 +1,19 @@
-"""How a step's time and memory grow: batch, classes, network, devices, steps.
+"""How a step's time and memory grow with batch, classes, network and devices.
 
-    python -m benchmarks.scaling batch|classes|network|devices|steady|all
+    python -m benchmarks.scaling PART
+
+PART is batch, classes, network, devices, imagenet, steady or all.
 
 Each configuration runs in a process of its own, which compiles it once and
-discards two steps; then all of a series step in turns, so that what else the
-machine does falls on all alike. Ratios are to the first row of the same turn;
-beside other work trust those of CPU time. MB are the compiler's figures for
-arguments, results and temporaries on one device; peak MB is the memory of the
-process. Weights are random.
+discards two steps. Then all processes of a series step in turns, so that other
+load on the machine affects all alike. Ratios are to the first row of the same
+turn. Beside other work, trust the ratios of CPU time. MB are the compiler's
+figures for arguments, results and temporaries on one device; peak MB is the
+memory of the process. Weights are random.
 
-steady is a whole run of 5,000 small steps, watched from outside. Exit code 1:
-from the first thousand to the last its memory grows by 16 MB and 2 %, or its
-median step by 20 %.
+`steady` is a whole run of 5,000 small steps, watched from outside. The exit
+code is 1 if, from the first thousand to the last, its memory grows by 16 MB and
+2 %, or its median step by 20 %.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import tempfile
 import time
 from typing import Any
 
-from step_time import LAUNCH_ENVIRONMENT, ROOT, spread
+from benchmarks import common
 
 WARM_UP, TURNS, STEPS_PER_TURN = 2, 5, 2
 BASE = {
@@ -36,11 +38,12 @@ BASE = {
   'batch': 64,
   'devices': 1,
   'threads': os.cpu_count(),
+  'channels': (128, 64, 32),
 }
-# Of XLA's pool. With fewer, collectives on fake devices, each of which keeps a
-# thread until the others have come, can take all of them and wait for ever.
+# Size of XLA's pool. A collective on a fake device keeps a thread until the
+# other devices arrive. With fewer threads they can wait for ever.
 MANY_THREADS = 16
-# Title -> what its rows differ in; the first row is what they are compared to.
+# By title: what the rows differ in. They are compared with the first row.
 SERIES = {
   'batch': {'Batch': [{'batch': n} for n in (16, 64, 256)]},
   'classes': {
@@ -56,6 +59,19 @@ SERIES = {
       *({'devices': n, 'threads': MANY_THREADS} for n in (1, 2, 4, 8)),
     ],
   },
+  # A student step takes its images from the pool; a joint step makes them.
+  'imagenet': {
+    'Step of ResNet-18 at 224 x 224 pixels': [
+      {
+        'step': step,
+        'arch': 'resnet18',
+        'classes': 1000,
+        'batch': 16,
+        'channels': (128, 96, 64, 32, 16, 8),
+      }
+      for step in ('student_step', 'joint_step')
+    ],
+  },
 }
 STEADY_STEPS, LOG_EVERY = 5000, 25
 TICKS, PAGE = os.sysconf('SC_CLK_TCK'), os.sysconf('SC_PAGE_SIZE')
@@ -64,38 +80,36 @@ GROWTH_MB, GROWTH, SLOWER = 16, 0.02, 0.2  # more of either is a finding
 
 # ------------------------------------------------------------------- children
 def serve(spec: dict[str, Any]) -> None:
-  """Compiles a step; then, per line of input, times some. Answers in JSON."""
+  """Compiles a step, then times some for each line of input; prints JSON."""
   os.environ['NPROC'] = str(spec['threads'])
   devices = f'--xla_force_host_platform_device_count={spec["devices"]}'
   os.environ['XLA_FLAGS'] = devices
   import jax
-  import random_weights
 
+  from benchmarks import random_weights
   from clusterq_jax import config as config_lib
-  from clusterq_jax import sharding
-  from clusterq_jax.modes import dryrun, train
+  from clusterq_jax.modes import dryrun
   from clusterq_jax.runtime import metrics
-  from clusterq_jax.runtime import session as experiment
+  from clusterq_jax.runtime.session import Session
 
-  config = config_lib.fast()
+  config = config_lib.default_config()
   config.schedule.batch_size = spec['batch']
   config.schedule.pool_batches = 1
   config.schedule.procedural_batches = 0
+  config.generator.channels = tuple(spec['channels'])
   teacher = random_weights.teacher(spec['arch'], spec['classes'])
-  steps = experiment.make_steps(config, teacher)
-  assert steps.mesh.size == spec['devices']
-  replicated = sharding.replicated(steps.mesh)
-  args = jax.device_put((teacher.variables, jax.random.key(0)), replicated)
-  state = jax.jit(steps.init, out_shardings=replicated)(args[1], args[0])
-  compile = train.Compiler(steps.mesh)
-  step = compile(getattr(steps, spec['step']), state, *args, donate=True)
+  session = Session(config_lib.resolve(config), teacher)
+  assert session.mesh.size == spec['devices']
+  state, rest = session.init(), session.step_arguments
+  step = getattr(session.steps, spec['step'])
+  step = session.compile(step, state, *rest, donate=True)
 
   def timed(count):
-    """Seconds per step, elapsed and of all cores."""
+    """Returns seconds per step: elapsed, and of all cores."""
     nonlocal state
     elapsed, busy = time.perf_counter(), time.process_time()
     for _ in range(count):
-      state, _ = jax.block_until_ready(step(state, *args))
+      state, _ = jax.block_until_ready(step(state, *rest))
     elapsed, busy = time.perf_counter() - elapsed, time.process_time() - busy
     return elapsed / count, busy / count
 
@@ -108,15 +122,14 @@ def serve(spec: dict[str, Any]) -> None:
 
 
 def run_steadily(folder: str) -> None:
-  """A run of small joint steps, with its log and checkpoints."""
-  import random_weights
-
+  """Runs small joint steps, with log and checkpoints."""
+  from benchmarks import random_weights
   from clusterq_jax import config as config_lib
-  from clusterq_jax.modes import train
+  from clusterq_jax import quantize
 
   weights = pathlib.Path(folder, 'teacher.safetensors')
   random_weights.write(weights, 'resnet8', num_classes=10)
-  config = config_lib.fast()
+  config = config_lib.default_config()
   config.teacher.arch, config.teacher.weights = 'resnet8', str(weights)
   config.teacher.image_size = (8, 8)
   config.generator.channels = (8, 8)
@@ -126,19 +139,15 @@ def run_steadily(folder: str) -> None:
   s.batch_size, s.joint_steps, s.pool_batches = 8, STEADY_STEPS, 2
   s.warmup_steps = s.generator_steps = s.student_steps = 0
   s.procedural_batches = 0
-  train.quantize(config, f'{folder}/run')
+  quantize(config, f'{folder}/run')
 
 
 # --------------------------------------------------------------------- parent
 def start(argument: str, **kwargs) -> subprocess.Popen:
-  """This script with `--child`, in the environment that runs have."""
-  return subprocess.Popen(
-    ['bash', '-c', LAUNCH_ENVIRONMENT, 'bash', sys.executable]
-    + [f'{ROOT}/benchmarks/scaling.py', f'--child={argument}'],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    **kwargs,
-  )
+  """Starts this script with `--child`, in the environment that runs have."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  child = f'--child={argument}'
+  return common.start('benchmarks.scaling', child, env=env, **kwargs)
 
 
 def answer(child: subprocess.Popen) -> Any:
@@ -174,13 +183,16 @@ def measure(title: str, rows: list[dict[str, Any]]) -> None:
     columns = [next(str(value) for value in row.values())]
     for k in (0, 1):
       ratios = [a[k] / b[k] for a, b in zip(own, turns[0], strict=True)]
-      columns += [spread([turn[k] for turn in own]), spread(ratios)]
+      columns += [
+        common.spread([turn[k] for turn in own]),
+        common.spread(ratios),
+      ]
     columns += [f'{memory:.0f}' for memory in own[-1][2:]]
     print(f'| {" | ".join(columns)} |', flush=True)
 
 
 def watch(child: subprocess.Popen, log: pathlib.Path):
-  """Per line of the log: when it came, and CPU time, seconds; memory, MB."""
+  """Returns time and CPU time, s, and memory, MB, at each line of the log."""
   seen: list[tuple[float, float, float]] = []
   process = pathlib.Path('/proc', str(child.pid))
   while child.poll() is None:
@@ -197,7 +209,7 @@ def watch(child: subprocess.Popen, log: pathlib.Path):
 
 
 def steady() -> bool:
-  """Prints time and memory by thousand steps; whether they stay as they are."""
+  """Prints time and memory by thousand steps; returns whether they stay."""
   with tempfile.TemporaryDirectory() as folder:
     log = pathlib.Path(folder, 'run', 'metrics.jsonl')
     seen = watch(start(folder), log)
@@ -242,7 +254,7 @@ def main() -> int:
     return 0
   if args.part is None:
     parser.error('expected a part')
-  print(f'{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f}')
+  print(f'{os.cpu_count()} cores, load average {common.load_average()}')
   for part, tables in SERIES.items():
     if args.part in (part, 'all'):
       for title, rows in tables.items():

@@ -1,32 +1,26 @@
-"""Weak scaling on paper: joint steps compiled for TPU v5e pods, never run.
+"""Compiles joint steps for TPU v5e pods and computes how they would scale.
 
     pip install -e '.[dryrun]'    # libtpu; in an environment of its own
     python -m benchmarks.weak_scaling resnet18 resnet50
 
-Prints what one chip has to do, and its images per second against those of a
-chip that is alone, at the roofline of `clusterq_jax/dryrun.py`: first with the
-paper's batch, on as many chips as it divides among; then with a constant batch
-per chip. No weights: shapes are enough. The rest is that of configs/ARCH.py.
+Nothing runs on a TPU. The script prints the work of one chip, and its images
+per second against those of a single chip, at the roofline of
+`clusterq_jax/modes/dryrun.py`. The first rows split the paper's batch among as
+many chips as divide it. The others keep the batch per chip constant. Weights
+are random. Everything else is from configs/paper/ARCH.py.
 """
 
 import argparse
 import functools
-import pathlib
 import runpy
 import sys
 
-import jax
-import jax.numpy as jnp
-
+from benchmarks import common, random_weights
+from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float_layers
-from clusterq_jax.models import registry
-from clusterq_jax.models.graph import trace
-from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.modes import dryrun
-from clusterq_jax.weights import teacher as teacher_lib
 
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 'configs'
+CONFIGS = common.ROOT / 'configs' / 'paper'
 CLASSES = 1000
 SIDES = (1, 2, 4, 8, 16)  # of the pod, in chips
 PER_CHIP = (16, 64)  # images
@@ -40,29 +34,23 @@ def get_config(arch: str):
   return runpy.run_path(str(CONFIGS / f'{arch}.py'))['get_config']()
 
 
-def teacher(arch: str) -> teacher_lib.Teacher:
-  """With shapes in place of weights: compiling needs no more."""
-  build = registry.builder(arch, num_classes=CLASSES)
-  prep = Preprocessing(**registry.architecture(arch).preprocessing)
-  image = jax.ShapeDtypeStruct((1, *prep.shape), jnp.float32)
-  network = build(float_layers.layer_set())
-  variables = jax.eval_shape(network.init, jax.random.key(0), image)
-  graph = trace(build)
-  return teacher_lib.Teacher(build, graph, variables, prep, CLASSES, {}, (), '')
+teacher = functools.cache(random_weights.teacher)
 
 
 @functools.cache
 def need(arch: str, side: int, batch: int) -> dryrun.Need | str:
-  """What a joint step needs of one of side * side chips; batch: of all."""
+  """Compiles a joint step for side * side chips; batch: of all chips."""
   pod = dryrun.topology(f'v5e:{side}x{side}')
   config = get_config(arch)
   config.schedule.batch_size = batch
-  target = dryrun.Target(pod, config, teacher(arch))
+  target = dryrun.Target(
+    pod, config_lib.resolve(config), teacher(arch, CLASSES)
+  )
   return target.need(target.steps.joint_step)
 
 
 def series(arch: str, batches: dict[int, int]) -> None:
-  """Prints a row per pod; batches: of all chips, by side of the pod."""
+  """Prints a row per pod; batches: of all chips, by the pod's side."""
   alone = None  # images per second of one chip
   for side, batch in batches.items():
     chips = side * side

@@ -1,0 +1,200 @@
+"""Rows of the tables that join, group or compute from records."""
+
+import statistics
+from typing import Any
+
+from benchmarks import ablation as ablation_lib
+from benchmarks import forecast as forecast_lib
+from benchmarks import records
+from benchmarks.records import Record
+from benchmarks.results_tables import BITS, NETWORKS, count, pivot
+
+mean = statistics.mean
+# Variants of ablations that have records, and options that no longer exist.
+_REMOVED = {'absolute_statistics': 'statistics in absolute units'}
+
+
+def accuracy() -> list[Record]:
+  """Makes a row for each network, bit width, placement and recipe."""
+  runs = [r | {'recipe': 'present'} for r in records.read('accuracy')]
+  evaluated_on = {r['config']: r['evaluated_on'] for r in runs}
+  files = records.read('integer', group='files')
+  for file in files:
+    if file['recipe'] == 'earlier':
+      own = {
+        'placement': 'integer',
+        'teacher': file['float'],
+        'agreement': None,
+      }
+      own['evaluated_on'] = evaluated_on[file['config']]
+      runs += [
+        {**file, **own, 'seed': i, 'student': s}
+        for i, s in enumerate(file['students'])
+      ]
+  runs = [r | {'drop': r['teacher'] - r['student']} for r in runs]
+  names = 'config', 'bits', 'placement', 'recipe'
+  order = list(NETWORKS), BITS, ('paper', 'integer'), ('present', 'earlier')
+  runs.sort(
+    key=lambda r: (
+      *(o.index(r[n]) for o, n in zip(order, names, strict=True)),
+      r['seed'],
+    )
+  )
+  rows = pivot(runs, *names, 'evaluated_on', 'images', 'teacher')
+  exported = {
+    (f['config'], f['bits'], 'integer', f['recipe']): f for f in files
+  }
+  for row in rows:
+    if file := exported.get(tuple(row[name] for name in names)):
+      row.update({k: file[k] for k in ('size_ratio', 'speedup')})
+      row['records'] = [*row['records'], file]
+    row['top1'] = mean(row['student'])
+    known = [v for v in row['agreement'] if v is not None]
+    row['agreement_mean'] = mean(known) if known else None
+    row['label'] = f'`{row["placement"]}`' + ', earlier recipe' * (
+      row['recipe'] == 'earlier'
+    )
+    row['time'] = _time(row)
+  return rows
+
+
+def _time(row: Record) -> str | None:
+  """Writes the mean time by number of cores; '+' for a student alone."""
+  for whole in records.read('run_time'):
+    if whole | {k: row[k] for k in ('config', 'bits', 'placement')} == whole:
+      row['records'] = [*row['records'], whole]
+      return (
+        f'{whole["whole_s"]:,} s ({count(whole["machine"]["cores"], "core")})'
+      )
+  times: dict[tuple[bool, int], list[float]] = {}
+  for r in row['records']:
+    if 'wall_s' in r:
+      key = not r['own_generator'], -r['machine']['cores']
+      times.setdefault(key, []).append(r['wall_s'])
+  return (
+    ', '.join(
+      f'{"+ " * taken}{mean(seconds):,.0f} s ({count(-cores, "core")})'
+      for (taken, cores), seconds in sorted(times.items())
+    )
+    or None
+  )
+
+
+def by_placement() -> list[Record]:
+  """Makes a row for each network and bit width, with both placements."""
+  rows: dict[tuple[str, str], Record] = {}
+  for r in accuracy():
+    row = rows.setdefault(
+      (r['config'], r['bits']), {**r, 'paper': None, 'integer': None}
+    )
+    if row[r['placement']] is None:
+      earlier = ', earlier recipe' * (r['recipe'] == 'earlier')
+      seeds = count(len(r['seed']), 'seed')
+      row[r['placement']] = f'{mean(r["drop"]):.2f} ({seeds}{earlier})'
+    for field in ('size_ratio', 'speedup', 'time'):
+      row[field] = row.get(field) or r.get(field)
+  return list(rows.values())
+
+
+def ablation(group: str) -> list[Record]:
+  """Makes a row for each variant of a group, with the last step's values."""
+  variants = ablation_lib.GROUPS[group]
+  labels = {name: label for name, (label, _) in variants.items()}
+  runs = records.read('ablation', config=ablation_lib.CONFIGS[group])
+  if group != 'class_terms':
+    for r in runs:
+      if r['variant'] in _REMOVED:
+        text = _REMOVED[r['variant']]
+        labels[r['variant']] = f'{text} (option of commit {r["commit"]})'
+  order = list(labels)
+  chosen = sorted(
+    (r for r in runs if r['variant'] in labels),
+    key=lambda r: (order.index(r['variant']), r['seed']),
+  )
+  rows = pivot(
+    (
+      r
+      | {'drop': r['drops'][-1], 'divergence': r['divergences'][-1]}
+      | {'start': r['drops'][0]}
+      for r in chosen
+    ),
+    'variant',
+    over='bits',
+  )
+  for row in rows:
+    row['label'] = labels[row['variant']]
+    for bits in ablation_lib.BITS:
+      row[f'change_{bits}'] = _change(rows[0], row, bits)
+  return rows
+
+
+def _change(first: Record, other: Record, bits: str) -> float:
+  """Computes the change of the KL, in %, from the seeds that both have."""
+  a, b = (
+    dict(zip(r[f'seed_{bits}'], r[f'divergence_{bits}'], strict=True))
+    for r in (first, other)
+  )
+  both = a.keys() & b.keys()
+  return 100 * (mean(b[s] for s in both) / mean(a[s] for s in both) - 1)
+
+
+def class_term_facts() -> dict[str, float]:
+  """Computes what the class terms gain, and how much seeds scatter.
+
+  Returns:
+    Least and largest gain in mean drop over no class terms, in points; by bit
+    width the mean standard deviation between seeds of the drop and of the KL,
+    and the mean drop of the students before training.
+  """
+  none, *others = rows = ablation('class_terms')
+  facts: dict[str, float] = {'variants': len(others)}
+  gains = []
+  for bits in ablation_lib.BITS:
+    for of in ('drop', 'divergence'):
+      values = (row[f'{of}_{bits}'] for row in rows)
+      facts[f'{bits}_{of}_deviation'] = mean(map(statistics.stdev, values))
+    facts[f'{bits}_start'] = mean(mean(row[f'start_{bits}']) for row in rows)
+    drop = f'drop_{bits}'
+    gains += [mean(none[drop]) - mean(row[drop]) for row in others]
+  return facts | {'least': min(gains), 'largest': max(gains)}
+
+
+def pairs(group: str) -> list[Record]:
+  """Makes a row for each network and bit width, with and without one thing."""
+  runs = records.read('pairs', group=group)
+  for r in runs:
+    if group == 'moved_images' and r['with']:  # a run of the first table
+      run = {k: r[k] for k in ('config', 'bits', 'seed')}
+      r['drop'] = records.only('accuracy', placement='paper', **run)['drop']
+  rows = pivot(runs, 'config', 'bits', over='with')
+  for row in rows:
+    kl, without = mean(row['divergence_True']), mean(row['divergence_False'])
+    row['change'] = 100 * (kl / without - 1)
+  return rows
+
+
+def forecast() -> list[Record]:
+  """Makes a row for each student, with the forecasts from other runs."""
+  runs = records.read('accuracy')
+  rows: dict[tuple, dict[str, Any]] = {}
+  for field in ('config', 'bits'):
+    for row in forecast_lib.left_out(runs, field):
+      key = row['config'], row['bits'], row['placement']
+      own = rows.setdefault(key, {**row, 'records': runs})
+      own[f'from_{field}'] = row['forecast']
+  return list(rows.values())
+
+
+def forecast_error(field: str, least: float) -> float:
+  """Computes the largest factor by which forecasts from other runs miss.
+
+  Args:
+    field: 'config' for other networks, 'bits' for other bit widths.
+    least: only drops of this many points or more count.
+  """
+  ratios = [
+    row[f'from_{field}'] / row['drop']
+    for row in forecast()
+    if row['drop'] >= least
+  ]
+  return max(max(r, 1 / r) for r in ratios)
