@@ -43,7 +43,7 @@ _DISTRIBUTED = flags.DEFINE_enum(
   'distributed',
   'auto',
   ['auto', 'on', 'off'],
-  'Whether this is one of several processes; auto: on a cluster.',
+  'Whether this is one of several processes; auto: if on a cluster.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address', None, 'HOST:PORT of process 0; off a cluster.'

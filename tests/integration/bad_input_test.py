@@ -102,11 +102,13 @@ def test_help(command):
   assert code == 0
   assert not error
   for said in (
-    'quantize evaluate export report dryrun --config --workdir --mode '
+    'quantize evaluate export report dryrun config --config --workdir --mode '
     '--distributed --num_processes'
   ).split():
     assert said in out
-  assert out.count('python -m clusterq_jax.main') >= 4  # usage and examples
+  assert out.count('clusterq --config=') >= 4  # usage and examples
+  assert 'paper/resnet18' in out
+  assert max(map(len, out.splitlines())) <= 80
   assert 'Folder of the run' in out
 
 

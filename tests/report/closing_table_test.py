@@ -45,8 +45,8 @@ def test_rows_of_a_finished_run(config, tmp_path):
     ('student top-1', '92.25 % (-1.25 points, 1200 images)'),
     ('agreement with teacher', '97.00 %'),
     (
-      'deployed top-1',
-      '92.00 % (agrees with the student on 99.50 % of 1200 images)',
+      'integer file top-1',
+      '92.00 % (same class as the student on 99.50 % of 1200 images)',
     ),
     (
       'on other images',
@@ -61,9 +61,13 @@ def test_rows_of_a_finished_run(config, tmp_path):
       '100 s, including 60 s of compilation; peak memory 1.5 GB',
     ),
     ('files', f'{tmp_path}: results.json'),
-    ('exported', 'integer.onnx 1.00 MB, float32.onnx 4.00 MB (x4.0)'),
-    ('', 'runs/a/export: float32.onnx, integer.onnx'),
+    (
+      'integer file',
+      'runs/a/export/integer.onnx: 1.00 MB, x4.0 smaller than float32.onnx',
+    ),
+    ('beside it', 'float32.onnx'),
     ('check a machine', 'python runs/a/export/selftest.py'),
+    ('run it', 'onnxruntime.InferenceSession(...), see docs/deploy.md'),
     ('report', f'{tmp_path}/report.html'),
     ('for TensorBoard', 'no event file: pip install tensorboardX'),
   ]

@@ -129,7 +129,7 @@ def test_an_empty_run_tells_what_it_lacks(make_run):
     'There are no images to compute features from.',
     'There are neither images nor centroids yet.',
     'The student is not finished.',
-    'There is no integer file',
+    'There are no exported files',
   ):
     assert text in found.text.replace('\n', ' ')
 
