@@ -3,11 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from clusterq_jax.ops import convolution
 from clusterq_jax.quant import rounding
 
 _LOW, _HIGH = -7, 7
@@ -101,26 +98,3 @@ def test_groups_are_rounded_on_their_own():
       kernel[..., own], patches[:, group : group + 1], step[own]
     )
     np.testing.assert_allclose(whole[..., own], alone, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-  ('side', 'strides', 'padding', 'groups', 'features'),
-  [
-    (3, 1, None, 1, 5),
-    (3, 2, 'same', 1, 4),
-    (5, 2, 1, 6, 6),  # depthwise
-    (3, 1, None, 6, 12),
-    (1, 2, 0, 2, 4),
-  ],
-)
-def test_patches_are_what_outputs_are_products_of(
-  side, strides, padding, groups, features
-):
-  random = np.random.RandomState(0)
-  x = random.randn(2, 8, 7, 6).astype(np.float32)
-  kernel = random.randn(side, side, 6 // groups, features).astype(np.float32)
-  y = convolution.conv2d(x, kernel, strides, padding, groups)
-  patches = convolution.patches(jnp.asarray(x), side, strides, padding, groups)
-  columns = kernel.reshape(-1, groups, features // groups)
-  found = np.einsum('pgn,ngo->pgo', patches, columns)
-  np.testing.assert_allclose(found.reshape(y.shape), y, atol=1e-4)
