@@ -1,4 +1,4 @@
-"""Rounding that keeps a layer's outputs."""
+"""Rounding that preserves a layer's outputs."""
 
 import functools
 
@@ -15,7 +15,7 @@ _compensate = jax.jit(
 
 
 def _inputs(count, groups, inputs, seed=0):
-  """Correlated ones, each group's in a way of its own."""
+  """Draws correlated inputs, with different correlations in each group."""
   random = np.random.RandomState(seed)
   mix = random.randn(groups, inputs, inputs)
   mix[:, :, 0] += 3  # a part that all inputs of a group share
@@ -46,7 +46,7 @@ def test_output_errors_are_smaller_than_of_nearest_rounding():
 
 
 def test_each_step_is_the_best_that_is_left():
-  """Against least squares, solved anew for every input."""
+  """Compares with a least-squares solution for every rounded input."""
   patches, kernel = _inputs(50, 1, 6), _kernel(6, 1)
   rows = np.float64(patches[:, 0])
   moments = rows.T @ rows / len(rows)
@@ -57,7 +57,7 @@ def test_each_step_is_the_best_that_is_left():
     before = weights.copy()
     weights[i] = _nearest(weights[i])
     free.remove(i)
-    # The others' change that minimises the error which that of i leaves.
+    # The free weights change to minimise the output error of weight i.
     pull = moments[np.ix_(free, [i])][:, 0] * (weights[i] - before[i])
     weights[free] -= np.linalg.solve(moments[np.ix_(free, free)], pull)
   rounded = _compensate(kernel, patches, np.full(1, _STEP))
@@ -72,7 +72,7 @@ def test_inputs_without_correlation_leave_nearest_rounding():
 
 
 def test_few_outputs_leave_nearest_rounding():
-  """What two images say of twelve inputs is no reason to move weights far."""
+  """Two output pixels say too little about the correlations of 12 inputs."""
   kernel = _kernel(12, 5)
   rounded = _compensate(kernel, _inputs(2, 1, 12), np.full(5, _STEP))
   assert np.mean(np.abs(rounded - _nearest(kernel)) > 1e-5) < 0.3
