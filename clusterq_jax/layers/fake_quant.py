@@ -1,9 +1,9 @@
-"""The fake-quant layer set: the student.
+"""The fake-quantized layers, which make the student.
 
-It has the parameters and BatchNorm statistics of the float set, by name, and
-the collection `quant`, see `quant/quantizers.py`. BatchNorm statistics are the
-teacher's and frozen; gains and biases train. Formulas are in
-`quant/numerics.py`, places and bits in `quant/plan.py`.
+They have the same parameters and BatchNorm statistics as the float layers, and
+the collection `quant`; see `quant/quantizers.py`. BatchNorm statistics are the
+teacher's and do not change. Gains and biases are trained. `quant/numerics.py`
+has the formulas, and `quant/plan.py` decides places and bits.
 """
 
 import functools
@@ -25,21 +25,22 @@ from clusterq_jax.ops.moments import (
 from clusterq_jax.quant import numerics, quantizers, rounding
 from clusterq_jax.quant.plan import Output, Plan
 
-# Correction of a gain, up or down: where few images wake a channel, a ratio of
-# standard deviations says little.
+# Largest factor by which calibration raises or lowers a gain. If few images
+# activate a channel, its ratio of standard deviations is unreliable.
 _LARGEST = 2.0
 
 
 class _Quantized(nn.Module, kw_only=True):
-  """The quantizers that every quantized layer shares.
+  """Base of the quantized layers, with quantizers for weights and outputs.
 
   Attributes:
-    plan: every quantizer of the student.
-    calibrate: sets the steps from the values that pass. Where steps are learned
-      and `params` can be written, it also rounds the weights to keep the
-      layer's outputs, and given the collection `targets` it corrects the
-      BatchNorm, see `QuantConv`.
-    observe: sows into `ranges` the step that the largest magnitude asks for.
+    plan: quantizers of the student.
+    calibrate: whether the layer sets its steps from the values that it sees. If
+      steps are learned and `params` is mutable, it also rounds the weights to
+      preserve its outputs. With the collection `targets`, it also corrects the
+      BatchNorm; see `QuantConv`.
+    observe: whether the layer sows the log of its output's largest-magnitude
+      step into `ranges`.
   """
 
   plan: Plan
@@ -48,11 +49,11 @@ class _Quantized(nn.Module, kw_only=True):
 
   @property
   def _own(self) -> Mapping[str, Any]:
-    """This layer's part of `quant`."""
+    """Returns this layer's part of `quant`."""
     return self.variables.get('quant', {})
 
   def _store(self, key: str, best: Callable[[], jax.Array]) -> None:
-    """Keeps a variable of `quant`: as it is, or `best()` when calibrating."""
+    """Declares a variable of `quant`; calibration sets it to `best()`."""
     variable = self.variable('quant', key, best)
     if self.calibrate:
       variable.value = best()
@@ -64,8 +65,11 @@ class _Quantized(nn.Module, kw_only=True):
 
     Args:
       kernel: the weights.
-      patches: returns the inputs that the kernel is multiplied with,
-        [P, G, N], see `convolution.patches`.
+      patches: returns the inputs of the kernel, [P, G, N]; see
+        `convolution.patches`.
+
+    Returns:
+      The quantized weights, [..., O].
     """
     assert self.name is not None
     if self.plan.learned:
@@ -86,7 +90,7 @@ class _Quantized(nn.Module, kw_only=True):
     return rounded
 
   def quantize_output(self, x: jax.Array) -> jax.Array:
-    """Quantizes a tensor of any shape where the plan has a quantizer."""
+    """Quantizes x of any shape if the plan has a quantizer for the output."""
     assert self.name is not None
     output = self.plan.output(self.name)
     if output is not None and output.step is None:
@@ -95,8 +99,9 @@ class _Quantized(nn.Module, kw_only=True):
     return x if grid is None else grid.quantize(x)
 
   def _calibrate_output(self, x: jax.Array, output: Output) -> None:
+    """Declares, calibrates and observes the output's quantizer."""
     if output.zero_point:
-      # Traced twice, computed once: XLA merges equal searches.
+      # The search is traced twice and computed once: XLA merges the copies.
       self._store(
         'output', lambda: jnp.log(numerics.mse_zero_point(x, output.bits)[0])
       )
@@ -127,14 +132,15 @@ class _Quantized(nn.Module, kw_only=True):
 
 
 class QuantConv(_Quantized, float_layers.ConvBase):
-  """Quantized convolution, frozen BatchNorm, activation, output quantizer.
+  """Quantized convolution, frozen BatchNorm, activation and output quantizer.
 
-  The collection `targets`, which only calibration reads, holds as `input` the
+  Calibration reads the collection `targets`. Its entry `input` holds the
   statistics that the BatchNorm's input should have, [O] each.
   """
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, I] to [B, H', W', O]."""
     kernel, scale, bias, mean, var = self.make_variables(x)
     quantized = self.quantize_weights(
       kernel,
@@ -150,11 +156,23 @@ class QuantConv(_Quantized, float_layers.ConvBase):
     return self.quantize_output(float_layers.activate(h, self.act))
 
   def _corrected(self, h, scale, bias, mean, var):
-    """The gain and bias that give h the statistics it should have.
+    """Computes the gain and bias that restore the statistics in `targets`.
 
-    Rounded weights and inputs shift and stretch every channel, at few bits so
-    far that a network answers at random. Source: Nagel et al., arXiv
-    1906.04721, which corrects the shift alone, computed without images.
+    Rounded weights and inputs shift and scale every channel. At few bits, the
+    predictions would be random without this correction.
+
+    Args:
+      h: input of the BatchNorm, [B, H', W', O].
+      scale: gain of the BatchNorm, [O].
+      bias: bias of the BatchNorm, [O].
+      mean: stored mean, [O].
+      var: stored variance, [O].
+
+    Returns:
+      The corrected gain and bias, [O] each; they are also written to `params`.
+
+    References:
+      Nagel et al., arXiv 1906.04721, correct only the shift, without images.
     """
     target: Statistics = self.get_variable('targets', 'input')
     found = batch_statistics(sample_moments(h))
@@ -168,12 +186,17 @@ class QuantConv(_Quantized, float_layers.ConvBase):
 
 
 class QuantDense(_Quantized):
-  """Dense layer with quantized weights; params as `float.Dense`."""
+  """Dense layer with quantized weights and the params of `float_layers.Dense`.
+
+  Attributes:
+    features: number O of outputs.
+  """
 
   features: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Flattens x to [B, I] and maps it to [B, O]."""
     x = float_layers.flatten(x)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
@@ -185,12 +208,17 @@ class QuantDense(_Quantized):
 
 
 class _WithoutWeights(_Quantized, kw_only=True):
-  """A function of tensors and a quantizer on what it gives."""
+  """Layer without weights, with a quantizer on its output.
+
+  Attributes:
+    function: maps the layer's inputs to its output.
+  """
 
   function: Callable[..., jax.Array]
 
   @nn.compact
   def __call__(self, *inputs: jax.Array) -> jax.Array:
+    """Applies the function and quantizes its output."""
     return self.quantize_output(self.function(*inputs))
 
 
@@ -200,7 +228,14 @@ def layer_set(
   observe: bool = False,
   dtype: convolution.DType = None,
 ) -> protocol.LayerSet:
-  """The quantized layers that `plan` describes; see `_Quantized`."""
+  """Returns the quantized layers.
+
+  Args:
+    plan: quantizers of the student.
+    calibrate: whether layers set their steps; see `_Quantized`.
+    observe: whether layers record the ranges of outputs; see `_Quantized`.
+    dtype: dtype of convolutions; see `convolution.conv2d`.
+  """
   plain = float_layers.layer_set()
   options: dict[str, Any] = {
     'plan': plan,

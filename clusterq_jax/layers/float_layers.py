@@ -1,9 +1,12 @@
-"""The float layer set: the teacher.
+"""The float layers, which make the teacher.
 
-Every `conv_bn` can record the moments of its BatchNorm input, per sample and
-channel over space, in the collection `moments`: all class and batch statistics
-of the method derive from these (method of the paper, eqs. 4-9), and the feature
-maps themselves need not stay alive.
+Every `conv_bn` can record the moments of its BatchNorm input in the collection
+`moments`, for each sample and channel. All class and batch statistics of the
+method (eqs. 4-9) follow from these moments, so the feature maps need not stay
+in memory.
+
+References:
+  Gao et al., ClusterQ, arXiv 2205.00179.
 """
 
 import functools
@@ -19,10 +22,11 @@ from clusterq_jax.ops import convolution
 from clusterq_jax.ops.moments import Moments, sample_moments
 
 RELU6 = 6.0
-_PRETRAIN_MOMENTUM = 0.9
+_PRETRAIN_MOMENTUM = 0.9  # decay of the moving averages, per step
 
 
 def activate(x: jax.Array, act: protocol.Activation) -> jax.Array:
+  """Applies an activation; None returns x."""
   if act == 'relu6':
     return jnp.clip(x, 0, RELU6)
   return jax.nn.relu(x) if act == 'relu' else x
@@ -35,12 +39,12 @@ def pad_channels(
 
   Args:
     x: [B, H, W, C].
-    features: channels after it.
-    strides: every so many pixels, in both directions, one is kept.
-    zero: the value of the new channels.
+    features: number of output channels.
+    strides: distance in pixels between kept pixels, in both directions.
+    zero: value of the new channels.
 
   Returns:
-    [B, H / strides, W / strides, features].
+    [B, ceil(H / strides), ceil(W / strides), features].
   """
   before = (features - x.shape[-1]) // 2
   after = features - x.shape[-1] - before
@@ -53,19 +57,39 @@ def pad_channels(
 def max_pool(
   x: jax.Array, kernel: int, strides: int, padding: int
 ) -> jax.Array:
-  """Square windows; padding on each side."""
+  """Returns the largest value of each square window.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: side of the window in pixels.
+    strides: step in both directions in pixels.
+    padding: pixels on each side; they are never the largest.
+  """
   return nn.max_pool(
     x, (kernel, kernel), (strides, strides), ((padding, padding),) * 2
   )
 
 
 def avg_pool(x: jax.Array, kernel: int, strides: int) -> jax.Array:
-  """Square windows, none of them beyond the edge."""
+  """Returns the mean of each square window, without padding.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: side of the window in pixels.
+    strides: step in both directions in pixels.
+  """
   return nn.avg_pool(x, (kernel, kernel), (strides, strides))
 
 
 def flatten(x: jax.Array) -> jax.Array:
-  """[B, C] or [B, H, W, C] to [B, features]: channel, row, column."""
+  """Flattens in torch's order: channel, row, column.
+
+  Args:
+    x: [B, C] or [B, H, W, C].
+
+  Returns:
+    [B, C] or [B, C * H * W].
+  """
   return jax.lax.collapse(jnp.moveaxis(x, -1, 1), 1)
 
 
@@ -75,9 +99,9 @@ class ConvVariables(NamedTuple):
   Attributes:
     kernel: [kh, kw, I / groups, O].
     scale: gain of the BatchNorm, [O].
-    bias: of the BatchNorm, [O].
-    mean: stored mean, a Flax variable, [O].
-    var: stored variance, a Flax variable, [O].
+    bias: bias of the BatchNorm, [O].
+    mean: Flax variable with the stored mean, [O].
+    var: Flax variable with the stored variance, [O].
   """
 
   kernel: jax.Array
@@ -88,9 +112,17 @@ class ConvVariables(NamedTuple):
 
 
 class ConvBase(nn.Module):
-  """What the float and the quantized convolution with BatchNorm share.
+  """Base of the float and the quantized convolution with BatchNorm.
 
-  Attributes: as in `LayerSet.conv_bn`; dtype: see `conv2d`.
+  Attributes:
+    features: number of output channels.
+    kernel: side of the kernel in pixels.
+    strides: step in both directions in pixels.
+    padding: see `convolution.Padding`.
+    groups: number of channel groups.
+    act: activation after the BatchNorm.
+    epsilon: summand of the variance in the BatchNorm.
+    dtype: dtype of the convolution; see `convolution.conv2d`.
   """
 
   features: int
@@ -103,7 +135,7 @@ class ConvBase(nn.Module):
   dtype: convolution.DType = None
 
   def make_variables(self, x: jax.Array) -> ConvVariables:
-    """Declares the params and batch_stats for inputs x, [B, H, W, I]."""
+    """Declares the variables for inputs x, [B, H, W, I]."""
     shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
     channels = (self.features,)
     ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -116,18 +148,18 @@ class ConvBase(nn.Module):
     )
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves [B, H, W, I] to [B, H', W', O]."""
+    """Convolves x [B, H, W, I] with a kernel, to [B, H', W', O]."""
     return convolution.conv2d(
       x, kernel, self.strides, self.padding, self.groups, self.dtype
     )
 
 
 class ConvBN(ConvBase):
-  """Convolution, BatchNorm, activation.
+  """Convolution, BatchNorm and activation.
 
   Attributes:
-    train: uses and updates batch statistics.
-    tap: sows the moments of the BatchNorm's input into `moments`.
+    train: whether the BatchNorm uses and updates batch statistics.
+    tap: whether the moments of the BatchNorm's input are sown into `moments`.
   """
 
   train: bool = False
@@ -135,6 +167,7 @@ class ConvBN(ConvBase):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, I] to [B, H', W', O]."""
     kernel, scale, bias, mean, var = self.make_variables(x)
     h = self.convolve(x, kernel)
     if self.tap:
@@ -156,12 +189,17 @@ class ConvBN(ConvBase):
 
 
 class Dense(nn.Module):
-  """Params `kernel` [I, O], `bias` [O]."""
+  """Dense layer with the params `kernel` [I, O] and `bias` [O].
+
+  Attributes:
+    features: number O of outputs.
+  """
 
   features: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Flattens x to [B, I] and maps it to [B, O]."""
     x = flatten(x)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
@@ -173,12 +211,12 @@ class Dense(nn.Module):
 def layer_set(
   train: bool = False, tap: bool = False, dtype: convolution.DType = None
 ) -> protocol.LayerSet:
-  """The float layers.
+  """Returns the float layers.
 
   Args:
-    dtype: what convolutions compute in, see `conv2d`.
-    train: BatchNorm uses and updates batch statistics (pretraining only).
-    tap: record BatchNorm-input moments in the collection `moments`.
+    train: whether BatchNorms use and update batch statistics (pretraining).
+    tap: whether convolutions record the moments of BatchNorm inputs.
+    dtype: dtype of convolutions; see `convolution.conv2d`.
   """
 
   def no_weights(function):
@@ -202,7 +240,16 @@ def layer_set(
 
 
 def ordered_moments(collections: Any, graph: Graph) -> tuple[Moments, ...]:
-  """The recorded moments in the network's forward order (Flax sorts keys)."""
+  """Returns the recorded moments in forward order.
+
+  Args:
+    collections: the collections that the network wrote, with `moments`.
+    graph: wiring of the network.
+
+  Returns:
+    Moments [B, C_l] of each BatchNorm l.
+  """
+  # Flax sorts the keys of a collection by name.
   return tuple(
     collections['moments'][name]['input'] for name in graph.batch_norms
   )

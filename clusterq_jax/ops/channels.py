@@ -1,8 +1,9 @@
-"""Sums over pixels, channel by channel, and what has them in its gradient.
+"""Sums per channel, and a scale and shift per channel that uses them.
 
-XLA's CPU backend adds up pixels in a loop per channel: 6.8 ms for 32 channels
-at 32x32, batch 128, on two cores. Images first, by a product with ones, takes
-0.4, and its rounding error is a tenth as large.
+Works around XLA's CPU backend (jax 0.10), which sums pixels channel by channel.
+For an array [128, 32, 32, 32], this takes 6.8 ms on two cores. Summing over
+images first, by a product with ones, takes 0.4 ms. Its rounding error is a
+tenth as large.
 """
 
 import jax
@@ -11,7 +12,14 @@ from jax import lax
 
 
 def total(x: jax.Array) -> jax.Array:
-  """The sum over images and pixels: [B, H, W, C] to [C]."""
+  """Sums over images and pixels.
+
+  Args:
+    x: [B, H, W, C].
+
+  Returns:
+    The sum of each channel, [C].
+  """
 
   def images_first(x):
     images = jnp.ones(len(x), x.dtype) @ x.reshape(len(x), -1)
@@ -27,7 +35,16 @@ def total(x: jax.Array) -> jax.Array:
 def scale_and_shift(
   x: jax.Array, gain: jax.Array, shift: jax.Array
 ) -> jax.Array:
-  """x * gain + shift; x [B, H, W, C], gain and shift [C]."""
+  """Computes x * gain + shift with fast gradients on CPU.
+
+  Args:
+    x: [B, H, W, C].
+    gain: factor of each channel, [C].
+    shift: summand of each channel, [C].
+
+  Returns:
+    [B, H, W, C].
+  """
   return x * gain + shift
 
 

@@ -1,18 +1,22 @@
-"""2-D convolution that is fast on every backend, its gradients too.
+"""2-D convolution with fast forward and backward passes on every backend.
 
-XLA's CPU backend is slow at two things, done here in another way, on CPU only:
+Works around two slow parts of XLA's CPU backend (jax 0.10, two cores). Other
+backends keep XLA's convolutions, except for the 1x1 weight gradient.
 
-- the weight gradient of a 3x3 convolution, which it runs as a convolution with
-  an image-sized window, at 5-30 GFLOP/s where the forward pass does 60-150.
-  Here it is one matrix product per row of the kernel, the same sums in another
-  order: for 16 channels at 32x32, batch 128, 7.5 ms instead of 14 for a product
-  per tap, which took a quarter of what XLA's does. Where outputs are few, it is
-  one product with all shifts of the output's gradient: 6 ms instead of 27 for
-  32 channels to 3. That of a 1x1 convolution is one product: 4 ms instead of 30
-  for 144 channels to 24 at 56x56, batch 16.
-- depthwise convolutions, forward and backward: shifted multiply-adds.
+1. Weight gradients. XLA computes them as a convolution with an image-sized
+   window, at 5-30 GFLOP/s; the forward pass reaches 60-150 GFLOP/s. Here they
+   are matrix products, with the same sums in another order:
 
-Other backends keep XLA's own.
+   - 3x3 kernels: one product per kernel row. For 16 channels, 32x32 pixels and
+     batch 128 it takes 7.5 ms. One product per tap takes 14 ms, and XLA takes
+     four times as long as that.
+   - at most 4 output channels: one product for all taps. For 32 to 3 channels
+     it takes 6 ms instead of 27 ms.
+   - 1x1 kernels: one product. For 144 to 24 channels, 56x56 pixels and batch 16
+     it takes 4 ms instead of 30 ms.
+
+2. Depthwise convolutions, forward and backward. Here they are sums of shifted
+   products.
 """
 
 import functools
@@ -23,21 +27,24 @@ import jax.numpy as jnp
 from jax import lax
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
-# int: on each side; 'same': TensorFlow's, which may be one more at the end;
-# None: half the kernel on each side.
+# int: pixels on each side. 'same': TensorFlow's padding, with up to one more
+# pixel at the end. None: half the kernel's side, rounded down, on each side.
 Padding = int | Literal['same'] | None
 Pads = tuple[tuple[int, int], tuple[int, int]]
 DType = Any
 
 
 def explicit(x: jax.Array, side: int, strides: int, padding: Padding) -> Pads:
-  """Padding before and after, by height and width.
+  """Converts a padding to explicit numbers of pixels.
 
   Args:
     x: images, [B, H, W, C].
-    side: of the window.
-    strides: step in both directions.
+    side: side of the window in pixels.
+    strides: step in both directions in pixels.
     padding: see `Padding`.
+
+  Returns:
+    (before, after) for the height and for the width, in pixels.
   """
   if padding is None:
     padding = side // 2
@@ -59,7 +66,20 @@ def convolve(
   groups: int = 1,
   precision: lax.Precision | None = None,
 ) -> jax.Array:
-  """`conv2d` with explicit padding, and without its weight gradient."""
+  """Convolves images, without the fast weight gradient of `conv2d`.
+
+  Args:
+    x: images, [B, H, W, I].
+    kernel: weights, [k, k, I / groups, O].
+    strides: step in both directions in pixels.
+    pads: padding from `explicit`.
+    groups: number of channel groups.
+    precision: precision of XLA's products; depthwise convolutions on CPU have
+      the precision of their dtype.
+
+  Returns:
+    [B, H', W', O].
+  """
 
   def xla(x, kernel):
     return lax.conv_general_dilated(
@@ -92,15 +112,15 @@ def conv2d(
   Args:
     x: images, [B, H, W, I].
     kernel: weights, [k, k, I / groups, O].
-    strides: step in both directions.
+    strides: step in both directions in pixels.
     padding: see `Padding`.
     groups: number of channel groups.
-    dtype: what numbers are rounded to before and after the convolution, and its
-      gradients; None: not at all.
+    dtype: dtype in which the convolution and its gradients are computed; None
+      keeps the dtype of x.
 
   Returns:
-    [B, H', W', O] with H' = (H + padding - k) // strides + 1, W' likewise; in
-    the dtype of x.
+    [B, H', W', O] in the dtype of x. H' = (H + p - k) // strides + 1, where p
+    is the padding on both sides together. W' is computed in the same way.
   """
   pads = explicit(x, kernel.shape[0], strides, padding)
   y = convolve(
@@ -128,6 +148,7 @@ def _backward(strides, padding, groups, dtype, residuals, g):
 
 
 def _gradients(strides, padding, groups, x, kernel, g):
+  """Computes d loss / d x and d loss / d kernel from g = d loss / d y."""
   side = kernel.shape[0]
   pads = explicit(x, side, strides, padding)
 
@@ -159,11 +180,11 @@ def _gradients(strides, padding, groups, x, kernel, g):
   dx = xla_input(g, kernel)
   same = pads == ((side // 2, side // 2),) * 2
   if side == 1 and groups == 1 and same:
-    # The pixels that are read: a matrix product, whatever the strides.
+    # A 1x1 convolution is a matrix product of the pixels that it reads.
     x = x[:, ::strides, ::strides]
     return dx, _column_gradient(side, x, g)
   if strides == 1 and groups == 1 and same:
-    # Measured: one product where those of rows would have few columns.
+    # With few outputs, products per row have too few columns to be fast.
     product = _column_gradient if g.shape[-1] <= 4 else _row_gradient
     fast = functools.partial(product, side)
     return dx, lax.platform_dependent(x, g, cpu=fast, default=xla_weight)
@@ -178,7 +199,7 @@ def _depthwise(x, kernel, groups: int) -> bool:
 
 
 def _taps(x: jax.Array, side: int, strides: int, pads: Pads):
-  """The pixels under each tap of the kernel: side^2 arrays [B, H', W', C]."""
+  """Returns the pixels under each kernel tap, side^2 arrays [B, H', W', C]."""
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   height, width = (
     (size - side) // strides * strides + 1 for size in x.shape[1:3]
@@ -193,18 +214,20 @@ def _taps(x: jax.Array, side: int, strides: int, pads: Pads):
 def patches(
   x: jax.Array, side: int, strides: int, padding: Padding, groups: int
 ) -> jax.Array:
-  """What the outputs of `conv2d` are products of.
+  """Extracts the inputs of each output pixel of `conv2d` (im2col).
+
+  The output of `conv2d` is the product of these patches and the kernel.
 
   Args:
     x: images, [B, H, W, I].
-    side: of the kernel.
-    strides: step in both directions.
+    side: side k of the kernel in pixels.
+    strides: step in both directions in pixels.
     padding: see `Padding`.
-    groups: G.
+    groups: number G of channel groups.
 
   Returns:
-    [P, G, N], with an output pixel of an image in each of the P rows, and
-    N = k * k * I / G in the order of a kernel's leading axes.
+    [P, G, N] with P = B * H' * W' output pixels. The N = k * k * I / G inputs
+    have the order of the kernel's leading axes.
   """
   taps = _taps(x, side, strides, explicit(x, side, strides, padding))
   rows = [tap.reshape(-1, groups, tap.shape[-1] // groups) for tap in taps]
@@ -212,6 +235,7 @@ def patches(
 
 
 def _shifted_sum(x, kernel, *, strides, pads):
+  """Computes a depthwise convolution as a sum of shifted products."""
   side = kernel.shape[0]
   rows = kernel.reshape(side * side, -1)
   taps = _taps(x, side, strides, pads)
@@ -219,13 +243,13 @@ def _shifted_sum(x, kernel, *, strides, pads):
 
 
 def _shifted_sum_transposed(g, kernel, *, strides, pads, shape):
-  """d loss / d x: the flipped kernel over the dilated gradient."""
+  """Computes d loss / d x: the flipped kernel over the dilated gradient."""
   side = kernel.shape[0]
   ends = [(0, 0, 0)]
   for size, out, (low, high) in zip(
     shape[1:3], g.shape[1:3], pads, strict=True
   ):
-    # Rows that no window reached, where the strides do not divide.
+    # Pixels at the end that no window reached because of the strides.
     rest = size + low + high - side - (out - 1) * strides
     ends.append((side - 1 - low, side - 1 - high + rest, strides - 1))
   g = lax.pad(g, jnp.zeros((), g.dtype), [*ends, (0, 0, 0)])
@@ -233,7 +257,9 @@ def _shifted_sum_transposed(g, kernel, *, strides, pads, shape):
 
 
 def _depthwise_weight_gradient(side, x, g, *, strides, pads):
-  # Image by image: what all taps read stays in the cache.
+  """Computes d loss / d kernel of a depthwise convolution."""
+
+  # One image at a time stays in the cache while all taps read it.
   def add(total, image):
     x, g = image
     taps = _taps(x[None], side, strides, pads)
@@ -249,9 +275,18 @@ def _depthwise_weight_gradient(side, x, g, *, strides, pads):
 
 
 def _row_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
-  """d loss / d kernel: a product per row of it; stride 1, padding of side // 2.
+  """Computes d loss / d kernel with one product per kernel row.
 
-  Of x shifted by the row, and all columns' shifts of g side by side.
+  The factors are x shifted by the row, and g with all column shifts
+  concatenated. Strides are 1 and the padding is side // 2.
+
+  Args:
+    side: side of the kernel in pixels.
+    x: inputs, [B, H, W, I].
+    g: d loss / d output, [B, H', W', O].
+
+  Returns:
+    [side, side, I, O].
   """
   pad, edge = side // 2, side - 1 - side // 2
   height, width = g.shape[1], x.shape[2]
@@ -266,13 +301,13 @@ def _row_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
     pixels = x[:, i : i + height].reshape(-1, x.shape[-1])
     return lax.dot_general(pixels, columns, (((0,), (0,)), ((), ())))
 
-  rows = jnp.stack([row(i) for i in range(side)])  # [side, C, side * O]
+  rows = jnp.stack([row(i) for i in range(side)])  # [side, I, side * O]
   rows = rows.reshape(side, x.shape[-1], side, -1)
   return rows.transpose(0, 2, 1, 3)
 
 
 def _column_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
-  """The same, as one product with the shifts of g side by side."""
+  """Computes what `_row_gradient` does, with one product for all taps."""
   edge = side - 1 - side // 2
   height, width = x.shape[1:3]
   g = jnp.pad(g, ((0, 0), (edge, edge), (edge, edge), (0, 0)))

@@ -1,19 +1,24 @@
-"""Where quantizers go and how many bits they have: policy, apart from numerics.
+"""Decides where quantizers go and how many bits they have.
 
-Two placements. `paper`: every tensor that feeds a convolution or the classifier
-is quantized, residual adds stay in float. `integer`: every layer output is,
-with the activation bits where it feeds a convolution, else 8, which is what an
-integer runtime executes. In both, network input and classifier input have 8
-bits (the literature leaves these two in float), and logits stay as they are.
+There are two placements:
 
-The range of the input is that of pixels, known beforehand. Set from synthetic
-images, whose contrast is lower, it clips real ones: that cost a CIFAR-10
-ResNet-20 0.8 points at W8A8.
+- `paper` quantizes every tensor that feeds a convolution or the classifier.
+  Residual adds stay in float.
+- `integer` quantizes every layer output, as an integer runtime needs. Tensors
+  that feed a convolution have the activation bits. All others have 8 bits.
 
-A signed tensor of fewer than 8 bits has a zero point of its own, where steps
-are learned: the codes of a skewed one are too few to leave any unused. Within a
-byte there is room for its codes around 128, so that it costs nothing; 8 bits
-fill the byte.
+In both, the inputs of the network and of the classifier have 8 bits, which the
+literature leaves in float. Logits are not quantized.
+
+The range of the network input is the range of pixels, which is known before
+calibration. Synthetic images have less contrast than real ones. A range
+calibrated on them clips real images, which cost a CIFAR-10 ResNet-20 0.8
+percentage points of accuracy at W8A8.
+
+With learned steps, a signed tensor of fewer than 8 bits has its own zero point.
+Without one, a skewed tensor would leave some of its few codes unused. The zero
+point costs nothing in the integer network, because a byte has room for shifted
+codes. Codes of 8 bits fill the byte, so they have no zero point.
 """
 
 import dataclasses
@@ -31,10 +36,10 @@ class Bits:
   """Bit widths and placement of one student.
 
   Attributes:
-    weights: of every layer but first and last.
-    activations: of tensors that feed a convolution.
-    first: of the first layer's weights.
-    last: of the last layer's weights.
+    weights: bits of the weights of all layers except the first and the last.
+    activations: bits of tensors that feed a convolution.
+    first: bits of the first layer's weights.
+    last: bits of the last layer's weights.
     placement: 'paper' or 'integer'.
   """
 
@@ -52,8 +57,8 @@ class Output:
   Attributes:
     bits: bit width.
     signed: whether negative values occur.
-    step: the step where it is known beforehand; None: calibrated.
-    zero_point: whether it has a zero point of its own, calibrated too.
+    step: fixed step; None if calibration sets it.
+    zero_point: whether calibration also sets a zero point.
   """
 
   bits: int
@@ -62,10 +67,10 @@ class Output:
   zero_point: bool = False
 
   def codes(self, zero_point: Any = None) -> tuple[Any, Any]:
-    """Smallest and largest code.
+    """Returns the smallest and the largest code.
 
     Args:
-      zero_point: scalar, of a quantizer that has its own.
+      zero_point: zero point, []; only for a quantizer that has one.
     """
     if self.zero_point:
       return -zero_point, 2**self.bits - 1 - zero_point
@@ -74,16 +79,24 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What each layer of a student does, by layer name; hashable."""
+  """The quantizers of a student; hashable.
+
+  Attributes:
+    weights: (layer name, bits) of every layer with weights.
+    outputs: (layer name, quantizer) of every quantized output.
+    learned: whether steps are stored and learned; see `make_plan`.
+  """
 
   weights: tuple[tuple[str, int], ...]
   outputs: tuple[tuple[str, Output], ...]
   learned: bool
 
   def weight_bits(self, name: str) -> int:
+    """Returns the bits of a layer's weights."""
     return dict(self.weights)[name]
 
   def output(self, name: str) -> Output | None:
+    """Returns the quantizer on a layer's output, or None."""
     return dict(self.outputs).get(name)
 
 
@@ -93,12 +106,13 @@ def make_plan(
   """Decides every quantizer of a student.
 
   Args:
-    graph: the architecture's wiring.
+    graph: wiring of the architecture.
     bits: bit widths and placement.
-    learned: step sizes are stored and learned (from the MSE-optimal clip);
-      otherwise weight ranges follow the weights' largest magnitude, activation
-      ranges an EMA of the same.
-    input_limit: largest magnitude that a pixel has as network input.
+    learned: whether steps are stored and learned, beginning at the smallest
+      mean squared error. Otherwise, the range of weights follows their largest
+      magnitude. The range of activations follows its moving average (EMA).
+    input_limit: largest magnitude of the network input, in normalised pixel
+      units.
   """
   weights = dict.fromkeys(graph.weighted, bits.weights)
   weights[graph.weighted[0]] = bits.first
@@ -117,9 +131,10 @@ def make_plan(
 
 
 def _output_bits(graph: Graph, node: Node, bits: Bits) -> int | None:
+  """Returns the bits of a layer's output, or None without a quantizer."""
   feeds = {consumer.op for consumer in graph.consumers(node.name)}
   if node.op == 'dense' or node.moves:
-    return None  # logits; and what only moves keeps its input's grid
+    return None  # logits stay in float; moved values stay on their grid
   if node.op == 'input':
     return WIDE_BITS
   if 'conv_bn' in feeds:
@@ -130,6 +145,7 @@ def _output_bits(graph: Graph, node: Node, bits: Bits) -> int | None:
 
 
 def _signed(graph: Graph, node: Node) -> bool:
+  """Tells whether a layer's output can be negative."""
   if node.averages or node.moves:
     sources = [n for n in graph.nodes if n.name in node.inputs]
     return any(_signed(graph, source) for source in sources)
@@ -137,7 +153,14 @@ def _signed(graph: Graph, node: Node) -> bool:
 
 
 def weight_bytes(params: Mapping, plan: Plan) -> float:
-  """Bytes of the weights at their bits; gains and biases as float32."""
+  """Returns the size of the parameters in bytes.
+
+  Kernels count with their bits, gains and biases as float32.
+
+  Args:
+    params: layer name to the layer's arrays.
+    plan: quantizers of the student.
+  """
   total = 0.0
   for name, layer in params.items():
     for key, array in layer.items():

@@ -1,11 +1,13 @@
-"""A student's quantizers, read back from its variables.
+"""Reads a student's quantizers back from its variables.
 
-The collection `quant` of a student holds, by layer,
-  weights     log of the step of each output channel, [O], with learned ranges
-  output      log of the output's step, [], unless the plan fixes it
-  zero_point  code of zero of the output, [], where the plan has one
-Steps are stored as logarithms because they are positive and because their
-useful changes are relative. Zero points do not train.
+The collection `quant` of a student holds for each layer:
+
+    weights       log of the step of each output channel, [O]; only if learned
+    output        log of the output's step, []; unless the plan fixes the step
+    zero_point    zero point of the output, []; only if the plan has one
+
+Steps are positive, and their useful changes are relative, so their logarithms
+are stored. Zero points are not trained.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,7 +25,7 @@ class Grid(NamedTuple):
   """The values step * code for low <= code <= high.
 
   Attributes:
-    step: [] for a tensor, [O] for weights.
+    step: [] for activations, [O] for weights.
     low: smallest code.
     high: largest code.
   """
@@ -33,7 +35,7 @@ class Grid(NamedTuple):
   high: numerics.Code
 
   def quantize(self, x: jax.Array) -> jax.Array:
-    """Rounds x to the grid; see `numerics.fake_quant` for the gradients."""
+    """Rounds x to the grid, with the gradients of `numerics.fake_quant`."""
     return numerics.fake_quant(x, *self)
 
 
@@ -43,10 +45,10 @@ def weight_grid(
   """Returns the grid of a layer's weights.
 
   Args:
-    plan: every quantizer of the student.
-    name: of the layer.
-    kernel: its weights, [..., O].
-    own: the layer's part of `quant`.
+    plan: quantizers of the student.
+    name: name of the layer.
+    kernel: weights of the layer, [..., O].
+    own: part of `quant` that belongs to the layer.
   """
   low, high = numerics.weight_range(plan.weight_bits(name))
   if plan.learned:
@@ -56,12 +58,12 @@ def weight_grid(
 
 
 def output_grid(plan: Plan, name: str, own: Mapping[str, Any]) -> Grid | None:
-  """Returns the grid of a layer's output, or None without a quantizer there.
+  """Returns the grid of a layer's output, or None if it is not quantized.
 
   Args:
-    plan: every quantizer of the student.
-    name: of the layer.
-    own: the layer's part of `quant`; {} where it has none.
+    plan: quantizers of the student.
+    name: name of the layer.
+    own: part of `quant` that belongs to the layer; {} if it has none.
   """
   output = plan.output(name)
   if output is None:
@@ -72,15 +74,15 @@ def output_grid(plan: Plan, name: str, own: Mapping[str, Any]) -> Grid | None:
 
 
 def settle(plan: Plan, student: Any) -> dict[str, Any]:
-  """Returns the student's params with every kernel on its grid.
+  """Returns the student's params with every kernel rounded to its grid.
 
   The network then computes the same on every machine. Training leaves some
-  weights so near the middle between two codes that the last bit of a step
-  decides, and that bit differs between machines. One such weight changed 2.6 %
-  of a network's answers.
+  weights near the middle between two codes. The last bit of a step decides how
+  they round, and it differs between machines. One such weight changed 2.6 % of
+  a network's predictions.
 
   Args:
-    plan: every quantizer of the student.
+    plan: quantizers of the student.
     student: {'params', 'quant'}.
   """
   params = dict(student['params'])
@@ -96,15 +98,16 @@ def widen(
 ) -> dict[str, Any]:
   """Returns the student's `quant` with wider activation ranges in some layers.
 
-  Real images reach further than synthetic images of the same statistics, and
-  more so in later layers. In the last layers of a CIFAR-100 network, clipping
-  had twice the share of the quantization error on real images.
+  Real images have larger activations than synthetic images with the same
+  statistics, above all in late layers. In the last layers of a CIFAR-100
+  network, the share of clipping in the quantization error was twice as large on
+  real images.
 
   Args:
-    plan: every quantizer of the student.
-    quant: its collection.
-    layers: names of the layers. A range that the plan fixes stays.
-    headroom: relative; 0.1 makes ranges 10 % wider.
+    plan: quantizers of the student.
+    quant: collection `quant` of the student.
+    layers: names of the layers to widen. Ranges that the plan fixes stay.
+    headroom: relative increase of the ranges; 0.1 makes them 10 % wider.
   """
   wider = dict(quant)
   for name, output in plan.outputs:

@@ -1,12 +1,14 @@
-"""Rounding of weights that keeps a layer's outputs, rather than its weights.
+"""Rounds weights to preserve a layer's outputs (GPTQ).
 
-What one weight loses when it is rounded, those that see correlated inputs can
-make good. So weights are rounded one input at a time, and each error is spread
-over the inputs still to come, such that the squared error of the outputs grows
-least. Source: GPTQ, Frantar et al., arXiv 2210.17323 (eqs. 2, 3).
+The rounding error of one weight can be compensated by weights whose inputs are
+correlated with it. Weights are rounded one input at a time. The remaining
+weights then change to minimise the squared error of the outputs.
 
-Shapes: G groups of input channels, N inputs of an output, O output channels, P
-outputs of a channel that are looked at.
+Shapes: G groups of input channels, N inputs of each output, O output channels,
+P output pixels in the sample.
+
+References:
+  Frantar et al., GPTQ, arXiv 2210.17323, eqs. 2 and 3.
 """
 
 import jax
@@ -15,7 +17,7 @@ from jax import lax
 
 from clusterq_jax.quant import numerics
 
-# Of the mean square of the inputs, added to each one's.
+# Fraction of the inputs' mean square that is added to the diagonal of moments.
 _DAMPING = 0.01
 
 
@@ -26,27 +28,29 @@ def compensate(
   low: numerics.Code,
   high: numerics.Code,
 ) -> jax.Array:
-  """Rounds weights, with little change of what they give.
+  """Rounds weights to preserve the products of inputs and weights.
 
   Args:
-    kernel: [..., O], with N the product of the leading axes; the outputs of a
-      group of input channels stand together.
+    kernel: weights, [..., O]; N is the product of the leading axes. The outputs
+      of one group of input channels are adjacent.
     patches: inputs, [P, G, N].
-    step: of the weights, [O].
+    step: step of the weights of each output channel, [O].
     low: smallest code.
     high: largest code.
 
   Returns:
-    The shape of kernel; its step times a whole number between low and high.
+    The rounded weights, with the shape of kernel: integers from low to high,
+    times the step.
   """
   count, groups, inputs = patches.shape
-  # The default precision of accelerators would leave them not quite positive.
+  # Products in the default precision of accelerators might not be positive
+  # definite.
   moments = jnp.einsum(
     'pgn,pgm->gnm', patches, patches, precision=lax.Precision.HIGHEST
   )
   moments /= count
   power = jnp.mean(jnp.diagonal(moments, axis1=1, axis2=2), -1)
-  # More, the fewer outputs there are to tell the inputs apart.
+  # Few output pixels determine the correlations badly, so they damp more.
   damping = (_DAMPING + inputs / count) * power + 1e-12
   moments += damping[:, None, None] * jnp.eye(inputs)
   columns = kernel.reshape(inputs, groups, -1).swapaxes(0, 1)
@@ -57,8 +61,19 @@ def compensate(
 
 
 def _compensate(kernel, moments, step, low, high):
-  """Of one group: kernel [N, O], positive definite moments [N, N], step [O]."""
-  # Those that matter most first, while the others can still make up for them.
+  """Rounds the kernel of one group.
+
+  Args:
+    kernel: [N, O].
+    moments: positive definite second moments of the inputs, [N, N].
+    step: [O].
+    low: smallest code.
+    high: largest code.
+
+  Returns:
+    The rounded kernel, [N, O].
+  """
+  # The inputs with the most power come first, while the others can compensate.
   order = jnp.argsort(-jnp.diagonal(moments))
   inverse = jnp.linalg.inv(moments[order][:, order])
   factor = jnp.linalg.cholesky(inverse, upper=True)
@@ -69,7 +84,6 @@ def _compensate(kernel, moments, step, low, high):
     return weights - factor[i][:, None] * (error / factor[i, i])
 
   rounded = lax.fori_loop(0, len(order), round_one, kernel[order])
-  # What is left of a weight after its own error is its code, but for the last
-  # bits.
+  # Each weight is now on its grid up to float errors, which this removes.
   rounded = numerics.fake_quant(rounded, step, low, high)
   return rounded[jnp.argsort(order)]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of layers."""
+"""Fixtures for the tests of layers."""
 
 import numpy as np
 import pytest
@@ -6,5 +6,5 @@ import pytest
 
 @pytest.fixture
 def image() -> np.ndarray:
-  """A batch of three images, [3, 5, 7, 4]."""
+  """Returns a batch of three images, [3, 5, 7, 4]."""
   return np.random.RandomState(2).randn(3, 5, 7, 4).astype(np.float32)

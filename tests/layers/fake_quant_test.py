@@ -1,4 +1,4 @@
-"""The fake-quantized layers, alone and as a student beside its teacher."""
+"""Fake-quantized layers, alone and as a student compared with its teacher."""
 
 import functools
 
@@ -14,7 +14,7 @@ from clusterq_jax.ops.moments import Statistics, batch_statistics
 from clusterq_jax.quant import plan, quantizers
 from tests.reference import conv_variables, numpy_batch_norm, numpy_conv
 
-# Whole networks run once here: what costs time is compiling them.
+# Whole networks run once here, so compilation takes most of the time.
 _jit = functools.partial(
   jax.jit,
   compiler_options={
@@ -57,14 +57,14 @@ def test_quantized_conv_by_hand(image):
   kernel = np.round(kernel / scale) * scale
   h = numpy_batch_norm(numpy_conv(image, kernel, 1, 0), variables)
   codes = np.clip(np.round(h / step), 0, 15)
-  # A value on the edge between two codes may fall to either.
+  # A value in the middle between two codes may round to either code.
   edge = np.abs(h / step % 1 - 0.5) < 1e-3
   assert edge.mean() < 0.02
   np.testing.assert_allclose(
     np.where(edge, 0, y), np.where(edge, 0, step * codes), atol=1e-5
   )
-  assert codes.max() == 15  # the clip is in play
-  # Straight through two quantizers: where the output is within its range.
+  assert codes.max() == 15  # some values are clipped
+  # Gradients pass both quantizers where the output is within its range.
   inside = (h > 0) & (h / step <= 15)
   np.testing.assert_allclose(gradient['bias'], inside.sum((0, 1, 2)), atol=1)
   gain = variables['params']['scale'] / np.sqrt(
@@ -94,7 +94,7 @@ def test_calibration_corrects_batch_norm(image):
   corrected, state = _quant_conv(calibrate=True).apply(
     {**variables, **targets}, image, mutable=['params', 'quant']
   )
-  # Where the network runs, nothing has to be given but what was written.
+  # The written variables alone reproduce the corrected output.
   y = _quant_conv().apply({**variables, **state}, image)
   np.testing.assert_array_equal(y, corrected)
   params = state['params']
@@ -107,7 +107,7 @@ def test_calibration_corrects_batch_norm(image):
   np.testing.assert_allclose(
     params['scale'], before['scale'] * ratio, rtol=1e-3
   )
-  # Its mean is now the wanted one, which gives the BatchNorm's bias.
+  # The input now has the wanted mean, so the output's mean is the bias.
   out = numpy_batch_norm(h, {**variables, 'params': params})
   np.testing.assert_allclose(out.mean((0, 1, 2)), before['bias'], atol=1e-3)
 
@@ -126,7 +126,7 @@ def test_avg_pool_has_a_quantizer(image):
 
 
 class _Pair:
-  """A ResNet-8, its variables, and its students."""
+  """A ResNet-8 with its variables and its students."""
 
   def __init__(self, channels, shortcut):
     self.build = functools.partial(
@@ -137,7 +137,7 @@ class _Pair:
     self.x = random.randn(4, 8, 8, channels).astype(np.float32)
 
     def fill(path, leaf):
-      """Like a trained network: kernels of unit gain, positive variances."""
+      """Draws kernels of unit gain and positive variances, as if trained."""
       kind = path[-1].key
       if kind in ('scale', 'var'):
         value = 0.5 + random.rand(*leaf.shape)
@@ -163,7 +163,7 @@ class _Pair:
 
   @functools.cache  # noqa: B019
   def calibrated(self, decided):
-    """Logits and `quant` of a student that calibrates on x."""
+    """Returns logits and `quant` of a student that calibrates on x."""
     student = self.build(fake_quant.layer_set(decided, calibrate=True))
     apply = _jit(functools.partial(student.apply, mutable=['quant']))
     logits, state = apply(self.variables, self.x)
@@ -193,9 +193,9 @@ def test_teacher_and_student_share_their_variables(channels, shortcut):
 
 
 def _expected_quant(pair, placement, learned):
-  """Layer name -> the shapes of its steps, written out by hand."""
+  """Lists the shapes of the steps of each layer by hand."""
   widths = {'stem': 16, 'classifier': 5}
-  outputs = ['stem', 'pool']  # the step of the input is known
+  outputs = ['stem', 'pool']  # the plan fixes the step of the input
   for stage, width in ((1, 16), (2, 32), (3, 64)):
     name = f'stage{stage}_block1'
     widths |= {f'{name}_conv1': width, f'{name}_conv2': width}
@@ -215,7 +215,7 @@ def _expected_quant(pair, placement, learned):
   return expected
 
 
-def test_headroom_is_of_activations_of_the_last_stage():
+def test_headroom_widens_activations_of_the_last_stage():
   pair = _pair(1, 'conv')
   decided = pair.plan(4, 'integer')
   _, quant = pair.calibrated(decided)
@@ -285,7 +285,7 @@ def test_at_3_bits_a_corrected_student_is_nearer():
   before, _ = calibrated(())
   after, state = calibrated(('params',))
   assert _distance(after, pair.logits) < 0.8 * _distance(before, pair.logits)
-  # What was written is the network that answered, its weights on their grid.
+  # The written variables give the same logits, with weights on their grid.
   plain = pair.build(fake_quant.layer_set(decided))
   same = _jit(plain.apply)({**pair.variables, **state}, pair.x)
   np.testing.assert_allclose(same, after, atol=1e-3)
@@ -320,7 +320,7 @@ def test_observing_tells_the_ranges_and_changes_nothing():
   ranges = state.pop('ranges')
   assert set(ranges) == {name for name, _ in decided.outputs} - {'input'}
   for name, found in ranges.items():
-    # Calibration by largest magnitude on the same images.
+    # Calibration took the largest magnitude on the same images.
     np.testing.assert_allclose(
       found['output'], quant[name]['output'], atol=1e-5
     )
@@ -328,7 +328,7 @@ def test_observing_tells_the_ranges_and_changes_nothing():
   found = state.pop('ranges')['stem']['output']
   assert found < ranges['stem']['output'] - 0.1
   assert np.abs(fainter - same).max() > 1e-3
-  # Neither steps nor, above all, BatchNorm statistics moved.
+  # No variable changed, above all no BatchNorm statistic.
   assert jax.tree.structure(state) == jax.tree.structure(before)
   for a, b in zip(*map(jax.tree.leaves, (state, before)), strict=True):
     np.testing.assert_array_equal(a, b)

@@ -1,4 +1,4 @@
-"""The float layers, and the moments that they record."""
+"""Float layers, and the moments that they record."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_float_conv_bn(image, side, strides, padding, act):
   expected = numpy_batch_norm(h, variables)
   expected = np.maximum(expected, 0) if act else expected
   np.testing.assert_allclose(y, expected, atol=1e-4)
-  # What is recorded is the input of BatchNorm.
+  # The layer records the input of the BatchNorm.
   moments = state['moments']['input']
   assert isinstance(moments, Moments)
   np.testing.assert_allclose(moments.mean, h.mean((1, 2)), atol=1e-4)
@@ -86,7 +86,7 @@ def test_dense_flattens_as_torch(image, quantized):
 
 
 def _forward_order(blocks, shortcut):
-  """BatchNorm layers as He et al. 2015 lay them out, written out again."""
+  """Lists the BatchNorm layers of He et al. 2015 in forward order."""
   names = ['stem']
   for stage in (1, 2, 3):
     for block in range(1, blocks + 1):
@@ -112,7 +112,7 @@ def test_moments_come_in_forward_order(arch, blocks, shortcut):
   assert list(graph.batch_norms) == names
   assert list(graph.weighted) == [*names, 'classifier']
   moments = {n: {'input': jnp.full(1, i)} for i, n in enumerate(names)}
-  moments = jax.tree.map(lambda a: a, moments)  # as Flax, which sorts keys
+  moments = jax.tree.map(lambda a: a, moments)  # sorts keys, as Flax does
   assert blocks < 10 or list(moments) != names
   found = float_layers.ordered_moments({'moments': moments}, graph)
   np.testing.assert_array_equal(jnp.concatenate(found), np.arange(len(names)))

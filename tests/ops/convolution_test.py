@@ -1,4 +1,4 @@
-"""The convolution for CPUs against NumPy's and XLA's."""
+"""Compares `conv2d` and its gradients with NumPy and XLA."""
 
 import functools
 
@@ -30,11 +30,11 @@ from tests.reference import numpy_conv
     ((7, 6), 1, 2, 0, 1),
     ((7, 5), 3, 1, 1, 2),
     ((7, 5), 3, 2, 1, 4),
-    # Depthwise, of 8 channels.
+    # Depthwise convolutions with 8 channels.
     ((7, 5), 3, 1, 1, 8),
     ((8, 7), 3, 2, 1, 8),
     ((9, 6), 5, 2, 0, 8),
-    # TensorFlow's padding: one more at the end, or none.
+    # TensorFlow's padding has one more pixel at the end, or the same number.
     ((6, 7), 3, 2, 'same', 1),
     ((7, 5), 3, 1, 'same', 1),
     ((8, 7), 5, 2, 'same', 8),
@@ -101,10 +101,33 @@ def test_convolution_in_bfloat16(groups, strides):
     return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
 
   found = jax.jit(functools.partial(run, jnp.bfloat16))(x, kernel, g)
-  # Of the same rounded numbers, in float32.
+  # The reference computes with the same rounded numbers in float32.
   expected = jax.jit(functools.partial(run, None))(
     *map(rounded, (x, kernel, g))
   )
   for a, b in zip(found, expected, strict=True):
     assert a.dtype == np.float32
     np.testing.assert_allclose(a, b, rtol=2**-6, atol=0.03 * np.std(b))
+
+
+@pytest.mark.parametrize(
+  ('side', 'strides', 'padding', 'groups', 'features'),
+  [
+    (3, 1, None, 1, 5),
+    (3, 2, 'same', 1, 4),
+    (5, 2, 1, 6, 6),  # depthwise
+    (3, 1, None, 6, 12),
+    (1, 2, 0, 2, 4),
+  ],
+)
+def test_outputs_are_products_of_patches_and_kernel(
+  side, strides, padding, groups, features
+):
+  random = np.random.RandomState(0)
+  x = random.randn(2, 8, 7, 6).astype(np.float32)
+  kernel = random.randn(side, side, 6 // groups, features).astype(np.float32)
+  y = convolution.conv2d(x, kernel, strides, padding, groups)
+  patches = convolution.patches(jnp.asarray(x), side, strides, padding, groups)
+  columns = kernel.reshape(-1, groups, features // groups)
+  found = np.einsum('pgn,ngo->pgo', patches, columns)
+  np.testing.assert_allclose(found.reshape(y.shape), y, atol=1e-4)

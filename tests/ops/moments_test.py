@@ -1,4 +1,4 @@
-"""Statistics from per-sample moments against those of whole feature maps."""
+"""Compares statistics from per-sample moments with whole feature maps."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from clusterq_jax.ops.moments import EPSILON, batch_statistics, sample_moments
 
 @pytest.fixture
 def maps():
-  """Feature maps [B, H, W, C] whose samples and channels differ."""
+  """Returns feature maps [B, H, W, C] with different samples and channels."""
   random = np.random.RandomState(0)
   h = random.randn(7, 3, 5, 4) * random.rand(7, 1, 1, 4)
   return (h + 2 * random.randn(7, 1, 1, 4)).astype(np.float32)
 
 
 def _numpy_statistics(h):
-  """Over all samples and pixels of h [B, H, W, C], in float64."""
+  """Computes mean and std over samples and pixels of h [B, H, W, C]."""
   pixels = h.astype(np.float64).reshape(-1, h.shape[-1])
   return pixels.mean(0), np.sqrt(pixels.var(0) + EPSILON)
 
@@ -39,7 +39,7 @@ def test_sums_stay_in_float32(maps):
 
 
 def test_variance_is_never_negative():
-  # Of constant maps: mean(h^2) - mean(h)^2 rounds to either side of 0.
+  # For constant maps, mean(h^2) - mean(h)^2 rounds to either side of 0.
   level = np.random.RandomState(0).randn(50, 1, 1, 4).astype(np.float32)
   h = np.broadcast_to(level, (50, 7, 9, 4))
   mean, var = sample_moments(h)

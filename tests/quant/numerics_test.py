@@ -1,4 +1,4 @@
-"""Fake quantization: its values, its gradients and the choice of steps."""
+"""Values and gradients of fake quantization, and the choice of steps."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from clusterq_jax.quant import numerics
 
 
 def _numpy_quant(x, step, low, high):
-  """By nearest neighbour among the representable values, in float64."""
+  """Finds the nearest representable values in float64."""
   grid = np.asarray(step, np.float64)[..., None] * np.arange(low, high + 1)
   x = np.asarray(x, np.float64)[..., None]
   grid = np.broadcast_to(grid, (*x.shape[:-1], grid.shape[-1]))
@@ -18,7 +18,7 @@ def _numpy_quant(x, step, low, high):
 
 
 def _errors(x, step, low, high):
-  """Mean squared error per channel, the last axis."""
+  """Computes the mean squared error of each channel (last axis)."""
   error = np.square(x - _numpy_quant(x, step, low, high))
   return error.reshape(-1, x.shape[-1]).mean(0)
 
@@ -49,7 +49,7 @@ def test_straight_through_inside_the_range_only(low, high):
 
 
 def _numpy_step_gradient(x, step, low, high, g):
-  """Eq. 3 of LSQ, element by element; step [C]."""
+  """Computes eq. 3 of LSQ element by element; step [C]."""
   total = np.zeros(len(step))
   for index in np.ndindex(x.shape):
     channel = index[-1]
@@ -127,7 +127,7 @@ def test_max_step_error_is_half_a_step(bits):
 
 @pytest.mark.parametrize('through_log', [False, True])
 def test_largest_weight_keeps_its_gradient(through_log):
-  # max / (max / high), rounded, exceeds high for a part of all values.
+  # In float32, max / (max / high) exceeds high for some values of max.
   w = np.random.RandomState(4).randn(1, 3000).astype(np.float32)
 
   @jax.jit
@@ -150,7 +150,7 @@ def test_mse_step_is_the_best_clip(low, high):
   found = _errors(x, numerics.mse_step(x, low, high, (0,)), low, high)
   largest = _errors(x, numerics.max_step(x, high, (0,)), low, high)
   assert np.all(found <= largest * (1 + 1e-5))
-  if high <= 15:  # where clipping pays, it must be found
+  if high <= 15:  # clipping reduces the error at few bits
     assert np.mean(found / largest) < 0.95
   clips = np.linspace(0.02, 1, 200)
   best = np.min([_errors(x, c * widest, low, high) for c in clips], 0)
@@ -161,7 +161,7 @@ def test_mse_step_is_the_best_clip(low, high):
 @pytest.mark.parametrize('skew', [-1.0, 0.0, 1.0])
 def test_mse_zero_point(bits, skew):
   random = np.random.RandomState(5)
-  # Channels last, of different spread: every one must be in the sample.
+  # Channels differ in their spread, so every channel must be in the sample.
   x = random.randn(9_001, 16) * np.linspace(0.5, 1.5, 16) + skew
   x = (3 * x).astype(np.float32)
   step, zero = numerics.mse_zero_point(x, bits)
@@ -171,12 +171,12 @@ def test_mse_zero_point(bits, skew):
   found = _errors(x, step, -zero, 2**bits - 1 - zero)
   codes = numerics.activation_range(bits, signed=True)
   centred = _errors(x, numerics.mse_step(x, *codes, (0, 1)), *codes)
-  # Centred codes have one more below zero than above.
+  # Codes without a zero point have one more value below zero than above.
   assert np.mean(found) < (0.9 if skew > 0 else 1.01) * np.mean(centred)
 
 
 def test_mse_zero_point_looks_at_every_channel():
-  x = np.zeros((9_000, 24), np.float32)  # about every third value is looked at
+  x = np.zeros((9_000, 24), np.float32)  # the sample has every third value
   x[:, 1] = np.linspace(0, 15, len(x))
   step, zero = numerics.mse_zero_point(x, 4)
   assert 0.8 < step < 1.2
@@ -210,6 +210,6 @@ def test_all_zero_tensor():
     np.testing.assert_array_equal(q, x)
     for gradient in pullback(jnp.ones_like(x)):
       assert np.all(np.isfinite(gradient))
-  # One dead channel leaves the others alone.
+  # A channel of zeros does not change the step of another channel.
   x = x.at[:, 1].set(jnp.arange(7.0))
   np.testing.assert_allclose(numerics.max_step(x, 3, (0,))[1], 2, rtol=1e-5)

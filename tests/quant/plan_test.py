@@ -1,4 +1,4 @@
-"""Where quantizers go, with how many bits, and what the weights weigh."""
+"""Places and bits of quantizers, and the size of the weights."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def _paper_outputs():
   for stage, block in _STAGES:
     outputs[f'stage{stage}_block{block}_conv1'] = (5, False)
     outputs[f'stage{stage}_block{block}_add'] = (5, False)
-  # The last add feeds the pool only.
+  # The last add feeds only the pool.
   del outputs['stage3_block3_add']
   return outputs
 
@@ -57,7 +57,7 @@ def test_integer_placement(shortcut):
     expected['stage3_block1_shortcut'] = (8, True)
   found = _found(_plan('integer', shortcut))
   assert found == expected
-  # Feeds a convolution and, as identity shortcut, an add: the narrow bits.
+  # It feeds a convolution and, as a shortcut, an add: the narrow bits win.
   assert found['stage1_block1_add'] == (5, False)
 
 
@@ -105,8 +105,8 @@ def test_weight_bytes():
     network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
   )['params']
   stem, classifier = 3 * 16 * 9, 64 * 10
-  # Of He et al.'s 269,722 parameters 2 x 688 are gains and biases, 10 the
-  # classifier's biases.
+  # He et al. count 269,722 parameters. Among them are 688 gains and 688 biases
+  # of BatchNorms, and 10 biases of the classifier.
   others = 2 * 688 + 10
   body = 269_722 - stem - classifier - others
   bits = 6 * stem + 3 * body + 7 * classifier + 32 * others

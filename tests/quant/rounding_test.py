@@ -1,13 +1,10 @@
-"""Rounding that keeps a layer's outputs."""
+"""Rounding that preserves a layer's outputs."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from clusterq_jax.ops import convolution
 from clusterq_jax.quant import rounding
 
 _LOW, _HIGH = -7, 7
@@ -18,7 +15,7 @@ _compensate = jax.jit(
 
 
 def _inputs(count, groups, inputs, seed=0):
-  """Correlated ones, each group's in a way of its own."""
+  """Draws correlated inputs, with different correlations in each group."""
   random = np.random.RandomState(seed)
   mix = random.randn(groups, inputs, inputs)
   mix[:, :, 0] += 3  # a part that all inputs of a group share
@@ -49,7 +46,7 @@ def test_output_errors_are_smaller_than_of_nearest_rounding():
 
 
 def test_each_step_is_the_best_that_is_left():
-  """Against least squares, solved anew for every input."""
+  """Compares with a least-squares solution for every rounded input."""
   patches, kernel = _inputs(50, 1, 6), _kernel(6, 1)
   rows = np.float64(patches[:, 0])
   moments = rows.T @ rows / len(rows)
@@ -60,7 +57,7 @@ def test_each_step_is_the_best_that_is_left():
     before = weights.copy()
     weights[i] = _nearest(weights[i])
     free.remove(i)
-    # The others' change that minimises the error which that of i leaves.
+    # The free weights change to minimise the output error of weight i.
     pull = moments[np.ix_(free, [i])][:, 0] * (weights[i] - before[i])
     weights[free] -= np.linalg.solve(moments[np.ix_(free, free)], pull)
   rounded = _compensate(kernel, patches, np.full(1, _STEP))
@@ -75,7 +72,7 @@ def test_inputs_without_correlation_leave_nearest_rounding():
 
 
 def test_few_outputs_leave_nearest_rounding():
-  """What two images say of twelve inputs is no reason to move weights far."""
+  """Two output pixels say too little about the correlations of 12 inputs."""
   kernel = _kernel(12, 5)
   rounded = _compensate(kernel, _inputs(2, 1, 12), np.full(5, _STEP))
   assert np.mean(np.abs(rounded - _nearest(kernel)) > 1e-5) < 0.3
@@ -101,26 +98,3 @@ def test_groups_are_rounded_on_their_own():
       kernel[..., own], patches[:, group : group + 1], step[own]
     )
     np.testing.assert_allclose(whole[..., own], alone, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-  ('side', 'strides', 'padding', 'groups', 'features'),
-  [
-    (3, 1, None, 1, 5),
-    (3, 2, 'same', 1, 4),
-    (5, 2, 1, 6, 6),  # depthwise
-    (3, 1, None, 6, 12),
-    (1, 2, 0, 2, 4),
-  ],
-)
-def test_patches_are_what_outputs_are_products_of(
-  side, strides, padding, groups, features
-):
-  random = np.random.RandomState(0)
-  x = random.randn(2, 8, 7, 6).astype(np.float32)
-  kernel = random.randn(side, side, 6 // groups, features).astype(np.float32)
-  y = convolution.conv2d(x, kernel, strides, padding, groups)
-  patches = convolution.patches(jnp.asarray(x), side, strides, padding, groups)
-  columns = kernel.reshape(-1, groups, features // groups)
-  found = np.einsum('pgn,ngo->pgo', patches, columns)
-  np.testing.assert_allclose(found.reshape(y.shape), y, atol=1e-4)
