@@ -1,5 +1,6 @@
 """What a run consists of: teacher, steps, random keys, compiled programs."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -33,18 +34,8 @@ _STREAMS = ('init', 'train', 'centroids', 'calibration', 'held_out', 'samples')
 
 def load_teacher(config: Config) -> Teacher:
   """Loads the teacher that `config.teacher` names; prints notes on it."""
-  t = config.teacher
-  teacher = teacher_lib.load(
-    t.arch,
-    t.weights,
-    entry=t.entry,
-    num_classes=t.num_classes,
-    image_size=t.image_size,
-    mean=t.mean,
-    std=t.std,
-    pixel_range=t.pixel_range,
-    channel_order=t.channel_order,
-  )
+  section = dataclasses.asdict(config.teacher)
+  teacher = teacher_lib.load(path=section.pop('weights'), **section)
   if sharding.is_lead():
     for note in teacher.notes:
       print(note, file=sys.stderr)
