@@ -182,9 +182,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_bytes())
   except (ValueError, RecursionError) as e:
-    raise InputError(
-      f'{path}: not JSON ({e}); expected a JSON object'
-    ) from e
+    raise InputError(f'{path}: not JSON ({e}); expected a JSON object') from e
   if not isinstance(value, dict):
     raise InputError(
       f'{path}: found a {type(value).__name__}; expected a JSON object'
