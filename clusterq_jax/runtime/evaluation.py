@@ -110,8 +110,8 @@ def on_images(
     answers, labels = found[:, readable], images.labels[readable]
     if not len(labels):
       raise InputError(
-        f'config.eval.path: none of the {len(readable)} images can be read; '
-        'expected image files'
+        f'config.eval.path: none of the images can be read ({len(readable)} '
+        'files); expected image files that decode'
       )
     digest.update(labels.astype('<i4').tobytes())
     results['images'] = {'n': len(labels), 'digest': digest.hexdigest()}

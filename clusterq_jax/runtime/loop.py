@@ -66,9 +66,9 @@ class _Log:
       if bad >= 0:
         self.progress.close()
         raise InputError(
-          f'loss or weights are not finite from step {bad + 1} on; the last good '
-          f'checkpoint is kept in {self._folder / "checkpoints"}. Try a lower '
-          'config.generator.lr or config.student.lr in another workdir'
+          f'loss or weights are not finite from step {bad + 1} on; the last '
+          f'good checkpoint is kept in {self._folder / "checkpoints"}. Try a '
+          'lower config.generator.lr or config.student.lr in another workdir'
         )
       self._file.write(step, values)
       self.progress.update(step, phase, values)
