@@ -1,10 +1,10 @@
-"""Workdirs in a bucket, gs://BUCKET/PATH: a local copy, and its upload.
+"""Keeps a workdir in a bucket, gs://BUCKET/PATH, through a local copy.
 
-Checkpoints are not in the copy: Orbax writes them to the bucket, and every
-process reads them there. The rest is small. What a mode changed of it is
-uploaded before every checkpoint and at the end, also of a run that fails; one
-that is killed resumes from what the bucket holds. A bucket has no locks: a
-second run on the same path is not noticed.
+A mode works on the copy. Changed files are uploaded before every checkpoint and
+at the end, even if the run fails. A killed run resumes from the contents of the
+bucket. Checkpoints are not part of the copy: Orbax writes them to the bucket,
+and every process reads them there. A bucket has no locks, so a second run on
+the same path goes unnoticed.
 """
 
 import functools
@@ -19,20 +19,24 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.runtime.preemption import Preempted
 
 PREFIX = 'gs://'
-# What is being written, and what means something on this machine alone.
+# Unfinished files, and files that only this machine needs, are not uploaded.
 _LOCAL = ('.tmp', '.lock')
 
 
 class _Copy:
-  """A workdir in a bucket, and its copy.
+  """A workdir in a bucket and its local copy.
 
   Attributes:
-    url: of the workdir.
-    folder: the copy.
+    url: URL of the workdir.
+    folder: folder of the copy.
   """
 
   def __init__(self, url: str):
-    """Downloads what is there, in the lead; the others need none of it."""
+    """Downloads the workdir; only the lead process needs the files.
+
+    Raises:
+      InputError: the bucket cannot be read, or gcsfs is missing.
+    """
     self.url = url.rstrip('/')
     self._root = self.url.removeprefix(PREFIX)
     self._files = _file_system(url)
@@ -57,7 +61,7 @@ class _Copy:
       self._files.get_file(file, str(path))
 
   def _present(self) -> dict[str, tuple[int, int]]:
-    """Time and size of every file to upload, by its name in the workdir."""
+    """Returns (mtime in ns, size in bytes) of each file to upload, by name."""
     found = {}
     for path in self.folder.rglob('*'):
       name = path.relative_to(self.folder).as_posix()
@@ -67,7 +71,11 @@ class _Copy:
     return found
 
   def upload(self) -> None:
-    """Makes the bucket hold what the copy holds."""
+    """Uploads changed files and removes deleted ones from the bucket.
+
+    Raises:
+      InputError: the bucket cannot be written.
+    """
     present = self._present()
     changed = [n for n, what in present.items() if self._sent.get(n) != what]
     try:
@@ -83,6 +91,7 @@ class _Copy:
     self._sent = present
 
   def remove(self) -> None:
+    """Removes the local copy."""
     shutil.rmtree(self.folder)
 
 
@@ -100,23 +109,26 @@ def _file_system(url: str) -> Any:
     return fsspec.filesystem('gs')
   except ImportError as e:
     raise InputError(
-      f"{url}: needs the package gcsfs: pip install 'clusterq-jax[gcs]' or pip "
-      'install gcsfs'
+      f'{url}: a workdir in a bucket needs the package gcsfs: pip install '
+      "'clusterq-jax[gcs]' or pip install gcsfs"
     ) from e
 
 
 def upload(folder: pathlib.Path) -> None:
-  """Uploads what changed in a workdir, where that is a bucket's copy.
+  """Uploads the changes in a workdir if it is the copy of a bucket.
+
+  Args:
+    folder: the workdir on this machine.
 
   Raises:
-    InputError: the bucket cannot be written to.
+    InputError: the bucket cannot be written.
   """
   if folder in _copies:
     _copies[folder].upload()
 
 
 def address(path: pathlib.Path) -> str:
-  """The path; of what is in a bucket's copy, its URL."""
+  """Returns the URL of a path in a bucket's copy; other paths as they are."""
   for folder, copy in _copies.items():
     if path.is_relative_to(folder):
       return '/'.join((copy.url, *path.relative_to(folder).parts))
@@ -124,10 +136,13 @@ def address(path: pathlib.Path) -> str:
 
 
 def on_copy(mode: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-  """Lets a mode, called with config and workdir, work on buckets, too.
+  """Decorates a mode so that its workdir can be gs://BUCKET/PATH.
 
-  It then also raises InputError where the bucket cannot be read or written to,
-  or gcsfs is not installed.
+  The decorated mode also raises InputError if the bucket cannot be read or
+  written, or if gcsfs is not installed.
+
+  Args:
+    mode: function of (config, workdir) that returns results.
   """
 
   @functools.wraps(mode)

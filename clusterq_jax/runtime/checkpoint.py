@@ -1,9 +1,9 @@
-"""Checkpoints of the train state, with Orbax.
+"""Saves and restores the train state with Orbax.
 
-A checkpoint is written to a temporary folder and renamed when whole; in a
-bucket it is marked when whole. So one cut short is never taken for a whole one;
-should the newest be unreadable all the same, the one before it is used, and
-that is said.
+Orbax writes a checkpoint to a temporary folder and renames it once it is
+complete. In a bucket it marks complete checkpoints. An incomplete checkpoint is
+therefore never restored. If the newest one is unreadable, the one before it is
+restored and a message names the skipped one.
 """
 
 import contextlib
@@ -24,12 +24,17 @@ _KEPT = 2
 
 @contextlib.contextmanager
 def _one_line(what: str, then: str = '') -> Iterator[None]:
-  """Makes an InputError of what Orbax and its libraries raise, many kinds."""
+  """Turns any exception of Orbax or its libraries into an InputError.
+
+  Args:
+    what: the file and the failed action.
+    then: end of the message, after the reason.
+  """
   try:
     yield
   except Exception as e:
-    # All meet here, but the lead alone writes. What stops the others, or comes
-    # from the devices, is a process that is gone, not the disk.
+    # Only the lead process writes. An error in another process, or one from
+    # the devices, means that a process was lost, not that the disk failed.
     if not sharding.is_lead() or isinstance(e, jax.errors.JaxRuntimeError):
       raise
     reason = (str(e).strip() or repr(e)).splitlines()[0]
@@ -37,15 +42,18 @@ def _one_line(what: str, then: str = '') -> Iterator[None]:
 
 
 class Checkpoints:
-  """The checkpoints of one workdir, the newest two kept."""
+  """Checkpoints of one workdir, of which the newest two are kept."""
 
   def __init__(self, directory: str):
-    """Looks for checkpoints in a folder, or at gs://BUCKET/PATH.
+    """Opens the checkpoints of a workdir.
+
+    Args:
+      directory: a folder or gs://BUCKET/PATH; it need not exist.
 
     Raises:
-      InputError: it cannot be read or written to.
+      InputError: the directory cannot be read or written.
     """
-    # Its errors come as exceptions too; logged, they are pages of tracebacks.
+    # Orbax raises its errors and also logs them, as pages of tracebacks.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
     in_bucket = '://' in directory
     self._directory = directory if in_bucket else os.path.abspath(directory)
@@ -57,18 +65,24 @@ class Checkpoints:
       )
 
   def save(self, step: int, state: Any, wall_s: float) -> None:
-    """Saves, and returns once the checkpoint is whole.
+    """Saves a checkpoint and returns once it is complete.
+
+    Every process has to call this.
+
+    Args:
+      step: number of finished steps.
+      state: tree of arrays.
+      wall_s: wall-clock seconds that the run has taken so far.
 
     Raises:
-      InputError: the disk is full or the folder cannot be written to. Of
-        several processes that is the lead's to say; the others raise what
-        stopped them.
+      InputError: the disk is full or the folder cannot be written. Only the
+        lead process raises it; the others raise the exception of Orbax.
     """
     with _one_line(
       f'{self._directory}: checkpoint {step} cannot be written',
       '; the checkpoints before it are kept',
     ):
-      # Over one that is there already: it could not be read.
+      # A checkpoint of this step exists only if it could not be restored.
       self._checkpointer.save(
         step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
       )
@@ -76,20 +90,20 @@ class Checkpoints:
   def restore(
     self, abstract: Any, say: Callable[[str], None]
   ) -> tuple[Any, float] | None:
-    """The newest readable state and the seconds that went into it.
+    """Restores the newest checkpoint that every process can read.
 
-    Of several processes all have to call this; they restore the same state,
-    which each of them could read.
+    Every process has to call this, and all of them restore the same step.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct` with shardings.
-      say: told when a checkpoint is skipped.
+      say: is called with one line of text for each skipped checkpoint.
 
     Returns:
-      (state, wall seconds), or None without a checkpoint.
+      (state, wall-clock seconds of the run up to it), or None without a
+      checkpoint.
 
     Raises:
-      InputError: there are checkpoints and none can be read.
+      InputError: there are checkpoints, but none of them can be read.
     """
     steps = distributed.common_numbers(
       [c.step for c in self._checkpointer.checkpoints]
@@ -103,7 +117,7 @@ class Checkpoints:
         restored = state, float(metadata.get('wall_s', 0.0))
       except Exception as e:  # a damaged file raises many kinds
         reason = (str(e).strip() or repr(e)).splitlines()[0]
-      # Processes that went on from different steps would compute nonsense.
+      # Processes that resumed from different steps would compute nonsense.
       if distributed.common_numbers([step] if restored else []):
         return restored
       say(f'checkpoint {step} cannot be read and is skipped ({reason[:200]})')

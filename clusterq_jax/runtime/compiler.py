@@ -1,4 +1,4 @@
-"""Compilation ahead of time, and the seconds that it takes."""
+"""Compiles programs ahead of time and measures the seconds."""
 
 import time
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from clusterq_jax.runtime import metrics
 
 
 class Compiler:
-  """Compiles programs ahead of time and counts the seconds.
+  """Ahead-of-time compiler that adds up the seconds it takes.
 
-  Ahead-of-time programs reject new shapes instead of recompiling. Results are
-  replicated on every device, as arguments are.
+  Ahead-of-time programs reject new shapes instead of recompiling. Arguments and
+  results are replicated on every device.
 
   Attributes:
-    seconds: spent on compilation so far.
+    seconds: compilation time so far, in seconds.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
@@ -27,7 +27,13 @@ class Compiler:
   def __call__(
     self, function: Callable, *args, donate: bool = False
   ) -> jax.stages.Compiled:
-    """Compiles a function for its arguments; donates the first if asked."""
+    """Compiles a function for given arguments.
+
+    Args:
+      function: function of `args`; its name appears in progress messages.
+      *args: arrays or `jax.ShapeDtypeStruct` trees.
+      donate: whether the program may reuse the memory of the first argument.
+    """
     start = time.monotonic()
     jitted = jax.jit(
       function,

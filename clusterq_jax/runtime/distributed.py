@@ -1,4 +1,4 @@
-"""Several processes: their start, what they agree on, and their end."""
+"""Starts, synchronises and ends the processes of a distributed run."""
 
 import ctypes
 import os
@@ -12,15 +12,15 @@ from jax.experimental import multihost_utils
 
 from clusterq_jax.errors import InputError
 
-# How many processes a cluster has started, where an environment says so.
+# Environment variables of cluster managers that hold the number of processes.
 _PROCESSES = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
-# The others wait this long, at their end, while the lead evaluates.
+# At their end, the other processes wait this long for the lead to evaluate.
 _WAIT_S = 24 * 3600
-# C calls what is in here; it must not be collected.
+# C code calls these functions, so they must not be garbage-collected.
 _on_abort: list[object] = []
-# What `initialize` returns where nothing was asked for and nothing found.
-ALONE = 'one process: no cluster found; --distributed=on says otherwise'
-_MOST = 8  # numbers that processes compare
+# Return value of `initialize` with mode 'auto' and no cluster.
+ALONE = 'one process: no cluster found; --distributed=on overrides this'
+_MOST = 8  # largest number of values that `common_numbers` compares
 
 
 def initialize(
@@ -29,20 +29,24 @@ def initialize(
   processes: int | None = None,
   process: int | None = None,
 ) -> str:
-  """Makes this process one of several where it is one; before any device call.
+  """Connects this process to the others of a distributed run.
+
+  Call it before any other function that touches a device.
 
   Args:
-    mode: 'auto': where JAX recognises a cluster (TPU pod, Slurm, Open MPI,
-      Kubernetes); 'on': there, or with the three that follow; 'off'.
+    mode: 'off' never connects. 'auto' connects if JAX recognises a cluster
+      (TPU pod, Slurm, Open MPI, Kubernetes). 'on' requires a cluster or the
+      three arguments below.
     coordinator: HOST:PORT of process 0.
-    processes: how many there are.
-    process: which one this is, from 0.
+    processes: number of processes.
+    process: number of this process, from 0.
 
   Returns:
-    What was decided and why, one line.
+    The decision and its reason, in one line.
 
   Raises:
-    InputError: settings that do not fit, or the others cannot be reached.
+    InputError: the arguments do not fit together, or the other processes
+      cannot be reached.
   """
   if mode != 'on' and (coordinator, processes, process) != (None, None, None):
     raise InputError(
@@ -58,7 +62,7 @@ def initialize(
     jax.distributed.initialize(
       coordinator, processes, process, shutdown_timeout_seconds=_WAIT_S
     )
-  except Exception as e:  # every kind of cluster raises its own
+  except Exception as e:  # each kind of cluster raises other exceptions
     reason = (str(e).strip() or repr(e)).splitlines()[0]
     if mode == 'auto' and reason == 'coordinator_address should be defined.':
       return ALONE
@@ -74,29 +78,30 @@ def initialize(
 
 
 def lost_process_message(reason: str) -> str:
-  """The last line of a process that cannot go on, most likely without others.
+  """Returns the last message of a process that has probably lost another one.
 
   Args:
-    reason: what stopped it.
+    reason: the error that stopped this process.
   """
   return (
-    f'error: process {jax.process_index()} of {jax.process_count()} cannot go '
-    f'on ({reason}); if that is because another one is gone, start all of them '
-    'again with the same command: it resumes from the last checkpoint'
+    f'error: process {jax.process_index()} of {jax.process_count()} stopped '
+    f'({reason}). If another process was lost, start all of them again with '
+    'the same command: the run resumes from the last checkpoint'
   )
 
 
 def _speak_when_aborted() -> object:
-  """Has the process end with a clear line, and 1, where JAX aborts it.
+  """Makes the process end with a clear line and exit code 1 if JAX aborts it.
 
-  JAX does so, after a page of its own, from a thread of its own, in the moment
-  that the lead is gone. A handler of Python's `signal` would wait for the main
-  thread, and `abort` does not wait; one of C's runs where `abort` is called.
+  When the lead process is lost, a thread of JAX prints a page of text and calls
+  `abort`. A handler installed with Python's `signal` would wait for the main
+  thread, but `abort` does not wait. A C handler runs in the thread that calls
+  `abort`.
 
   Returns:
-    What C holds on to.
+    The handler; the caller has to keep it alive.
   """
-  line = f'{lost_process_message("aborted, as said above")}\n'.encode()
+  line = f'{lost_process_message("aborted; see above")}\n'.encode()
 
   def speak(_: int) -> None:
     os.write(2, line)
@@ -108,9 +113,12 @@ def _speak_when_aborted() -> object:
 
 
 def common_numbers(numbers: Sequence[int]) -> list[int]:
-  """Those of a few numbers >= 0 that every process has, in order.
+  """Returns the sorted numbers that every process passed.
 
-  All processes have to call this; of each the largest `_MOST` count.
+  Every process has to call this.
+
+  Args:
+    numbers: integers >= 0; only the largest `_MOST` (8) are compared.
   """
   mine = sorted(numbers)[-_MOST:]
   padded = np.array(mine + [-1] * (_MOST - len(mine)), np.int32)
@@ -119,10 +127,16 @@ def common_numbers(numbers: Sequence[int]) -> list[int]:
 
 
 def exit_process(code: int) -> int:
-  """Ends a failed process of several at once; else returns the code.
+  """Ends a failed process of a distributed run at once.
 
-  An orderly exit would wait for the others, and they for this one: they stop
-  when it is gone.
+  A normal exit would wait for the other processes, and they would wait for this
+  one. They stop once it is gone.
+
+  Args:
+    code: exit code; 0 means success.
+
+  Returns:
+    The code, if the process did not fail or is the only one.
   """
   if code and jax.distributed.is_initialized():
     sys.stdout.flush()

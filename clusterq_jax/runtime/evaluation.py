@@ -1,4 +1,4 @@
-"""Accuracy and agreement of networks, on real and on synthetic images."""
+"""Measures top-1 accuracy and agreement of networks on labelled images."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ from clusterq_jax.layers import float_layers
 from clusterq_jax.weights.teacher import Teacher
 
 Predict = Callable[[Any], jax.Array]
-_NAMED = 10  # unreadable files that are named
+_NAMED = 10  # largest number of unreadable files that are printed
 
 
 def predictions(
@@ -27,18 +27,19 @@ def predictions(
   batch_size: int,
   saw: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
-  """The most likely class of every image, by every network.
+  """Returns each network's most likely class of every image.
 
-  The next batch is decoded while the device works: nothing waits for answers.
+  The host decodes the next batch while the device computes.
 
   Args:
-    networks: compiled, uint8 [batch_size, H, W, C] to [batch_size, K].
-    images: uint8 [N, H, W, C], or what looks like it.
+    networks: compiled functions from uint8 [batch_size, H, W, C] to logits
+      [batch_size, K].
+    images: uint8 [N, H, W, C].
     batch_size: images per call; the last batch is padded.
     saw: is called with the images of every batch.
 
   Returns:
-    int [len(networks), N].
+    Classes, int [len(networks), N].
   """
   answers = []
   for start in range(0, len(images), batch_size):
@@ -53,10 +54,12 @@ def predictions(
 
 
 def percent(right: np.ndarray) -> float:
+  """Returns the share of True values in percent, with four decimals."""
   return round(100 * float(np.mean(right)), 4)
 
 
 def _report(broken: Mapping[int, str], count: int) -> None:
+  """Prints the unreadable files of `count` files to stderr."""
   for index in sorted(broken)[:_NAMED]:
     print(f'unreadable: {broken[index]}', file=sys.stderr)
   if broken:
@@ -66,21 +69,25 @@ def _report(broken: Mapping[int, str], count: int) -> None:
 def on_images(
   networks: Mapping[str, Predict], images: Images | None, batch_size: int
 ) -> dict[str, Any]:
-  """Top-1 of each network, and its agreement with the one before it.
+  """Measures each network's top-1 and its agreement with the one before it.
+
+  Files that cannot be decoded are named on stderr and left out.
 
   Args:
-    networks: 'teacher', and perhaps 'student' and 'deployed', in this order;
-      as in `predictions`.
-    images: real images, or None: every figure is then None.
+    networks: compiled functions as in `predictions`, by name. The names are
+      'teacher', 'student' and 'deployed', in this order; the first is required.
+    images: real images; with None, every figure is None.
     batch_size: images per call.
 
   Returns:
-    By network: `top1` in percent, and from the second on `n`, the number of
-    images, and `agreement` in percent. With images also `images`: their number
-    `n`, and a `digest` of pixels and labels, which tells whether two figures
-    are of the same images. With a student also `by_class`: `n` and the number
-    of right answers of each network, by class. Files that cannot be decoded are
-    named on stderr, and count for nothing.
+    A dict with these keys:
+      each network's name: `top1` in percent. Networks after the first also have
+        `n`, the number of images, and `agreement` in percent.
+      images: the number `n` of images and a `digest` of pixels and labels. Two
+        results can be compared if their digests are equal. Missing without
+        images.
+      by_class: lists by class with the number `n` of images and each network's
+        number of correct answers. Only with images and a student.
 
   Raises:
     InputError: no image can be decoded.
@@ -102,7 +109,10 @@ def on_images(
       _report(images.images.broken, len(readable))
     answers, labels = found[:, readable], images.labels[readable]
     if not len(labels):
-      raise InputError('eval.path: none of the images can be read')
+      raise InputError(
+        f'config.eval.path: none of the images can be read ({len(readable)} '
+        'files); expected image files that decode'
+      )
     digest.update(labels.astype('<i4').tobytes())
     results['images'] = {'n': len(labels), 'digest': digest.hexdigest()}
     if 'student' in networks:
@@ -127,16 +137,19 @@ def of_teacher_and(
   images: Images | None,
   section: Eval,
 ) -> dict[str, Any]:
-  """Measures the teacher and other networks.
+  """Measures the teacher and the networks made from it.
 
   Args:
-    others: as in `on_images`, after the teacher.
-    teacher: of the run.
+    others: compiled functions as in `on_images`, without the teacher.
+    teacher: the teacher of the run.
     images: real images, or None.
-    section: config.eval.
+    section: the section `config.eval`.
 
   Returns:
-    What `on_images` returns, with `source` and `path` of the images.
+    The result of `on_images`; its `images` also holds `source` and `path`.
+
+  Raises:
+    InputError: no image can be decoded.
   """
   network = teacher.build(float_layers.layer_set())
 
@@ -155,7 +168,13 @@ def of_teacher_and(
 def _by_class(
   networks: Mapping[str, Predict], answers: np.ndarray, labels: np.ndarray
 ) -> dict[str, list[int]]:
-  """Images of each class, and how many of them each network is right on."""
+  """Returns the images of each class and each network's correct answers.
+
+  Args:
+    networks: names of the networks, in the order of `answers`.
+    answers: predicted classes, int [len(networks), N].
+    labels: true classes, int [N].
+  """
   count = int(labels.max()) + 1
   return {
     'n': np.bincount(labels, minlength=count).tolist(),

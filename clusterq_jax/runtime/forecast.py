@@ -1,18 +1,20 @@
-"""Forecast of the accuracy that a student loses, from a run without data.
+"""Forecasts a student's loss of accuracy without real images.
 
     drop = slope * KL(teacher || student) on blended synthetic images
 
-Blended, because on images as they are the student agrees with its teacher near
-100 % whatever the bits. KL, because it is of second order in how far the
-student is from the teacher; so is the drop, as long as labels are about as
-likely as the teacher says: answers change where it finds two classes equally
-likely, and there the label is about as often the one as the other. Disagreement
-is of first order.
+The images are blended because on unblended ones the student agrees with its
+teacher on nearly 100 %, at any bit width.
 
-Fitted by `benchmarks/forecast.py` on runs with real images, of few networks and
-of one recipe: which ones, assets/forecast.json says. It knows nothing of other
-recipes, least of all of students that were not trained on blended images; and
-nothing of images unlike those that the teacher was trained on.
+The measure is KL because it is of second order in the distance between student
+and teacher, and so is the drop. A small distance changes only answers for which
+the teacher finds two classes about equally likely. If the teacher is
+calibrated, each of the two is then the label about equally often. Disagreement
+is of first order, so it is no measure of the drop.
+
+`benchmarks/forecast.py` fits the coefficients to runs with real images.
+assets/forecast.json names their networks and their recipe. The forecast does
+not hold for other recipes, above all not for students trained without blended
+images. It does not hold either for images unlike the teacher's training images.
 """
 
 import json
@@ -25,7 +27,7 @@ FILE = ASSETS / 'forecast.json'
 
 
 def coefficients() -> dict[str, Any]:
-  """What `benchmarks/forecast.py` wrote, and explains."""
+  """Returns the coefficients that `benchmarks/forecast.py` wrote."""
   return json.loads(FILE.read_text())
 
 
@@ -33,12 +35,13 @@ def drop(divergence: float) -> dict[str, float] | None:
   """Forecasts teacher top-1 minus student top-1, in percentage points.
 
   Args:
-    divergence: mean KL(teacher || student) on blended synthetic images, nats.
+    divergence: mean KL(teacher || student) on blended synthetic images, in
+      nats.
 
   Returns:
-    `drop`, and the ends `low` and `high` of a 90 % interval for another network
-    of the kind fitted on; None for a student further from its teacher than any
-    that was fitted on.
+    `drop` and the ends `low` and `high` of a 90 % interval, in percentage
+    points. The interval is for a new network of the kind that was fitted. The
+    result is None if the divergence exceeds all that were fitted.
   """
   c = coefficients()
   if not divergence <= c['largest_divergence']:

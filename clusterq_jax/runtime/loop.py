@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Runs the training loop."""
 
 import os
 import pathlib
@@ -16,15 +16,15 @@ from clusterq_jax.runtime import bucket, preemption
 from clusterq_jax.runtime import metrics as metrics_lib
 from clusterq_jax.runtime.session import Session
 
-# Steps of a process that are not profiled: the first ones wait for allocations.
+# The first steps of a process are not profiled: they wait for allocations.
 _BEFORE_TRACE = 3
 
 
 class _Log:
-  """metrics.jsonl and the progress line, one logging interval late.
+  """Writer of metrics.jsonl and the progress line, one logging interval late.
 
-  Metrics are fetched when the device is long past them, so that the loop never
-  waits for it.
+  It fetches the metrics of a step long after the device has computed them, so
+  the loop never waits for the device.
   """
 
   def __init__(self, session: Session, folder: pathlib.Path, done: int):
@@ -39,12 +39,23 @@ class _Log:
     )
 
   def note(self, done: int, phase: str, values: Any, bad: jax.Array) -> None:
-    """Remembers a step's metrics and writes those of the interval before."""
+    """Queues the metrics of a step and writes the metrics queued before.
+
+    Args:
+      done: number of finished steps.
+      phase: name of the phase.
+      values: scalar arrays by name, on the device.
+      bad: first step without a finite loss, -1 if there is none.
+    """
     self._pending.append((done, phase, (values, bad)))
     self.flush(keep=1)
 
   def flush(self, keep: int = 0) -> None:
-    """Fetches and writes all but the last `keep`, which may be running.
+    """Fetches and writes the queued metrics.
+
+    Args:
+      keep: number of newest entries to leave in the queue; their steps may
+        still be running.
 
     Raises:
       InputError: the loss or the weights are no longer finite.
@@ -55,9 +66,9 @@ class _Log:
       if bad >= 0:
         self.progress.close()
         raise InputError(
-          f'loss or weights are no longer finite since step {bad + 1}; the '
-          f'last good one is kept in {self._folder / "checkpoints"}. Try a '
-          'lower config.generator.lr or config.student.lr, in another workdir'
+          f'loss or weights are not finite from step {bad + 1} on; the last '
+          f'good checkpoint is kept in {self._folder / "checkpoints"}. Try a '
+          'lower config.generator.lr or config.student.lr in another workdir'
         )
       self._file.write(step, values)
       self.progress.update(step, phase, values)
@@ -75,21 +86,22 @@ def train(
   folder: pathlib.Path,
   save: Callable[[int, TrainState], None],
 ) -> tuple[TrainState, float | None]:
-  """Runs the steps that remain.
+  """Runs the remaining steps of a run.
 
   Args:
-    session: of the run.
-    state: restored, or before the first step.
-    folder: gets metrics.jsonl and trace/.
-    save: writes a checkpoint.
+    session: the session of the run.
+    state: state before the first step, or the restored state.
+    folder: folder to write metrics.jsonl and trace/ to.
+    save: saves a checkpoint; its arguments are the number of finished steps
+      and the state.
 
   Returns:
-    The final state, and images per second without compilation; None without a
-    step.
+    (final state, images per second without compilation). The rate is None if
+    no step remained.
 
   Raises:
     InputError: the loss or the weights are no longer finite.
-    Preempted: SIGTERM came; the state is saved.
+    Preempted: the process received SIGTERM and saved its state.
   """
   config = session.config
   start = done = int(state.step)
@@ -118,7 +130,7 @@ def train(
         last = done == log.total
         stop = told_to_stop(done) and not last
         if done % config.report.log_every == 0 or last:
-          # A copy: the state itself is donated to the next step.
+          # The next step donates the state, so the log keeps a copy.
           log.note(done, phase.name, values, jnp.copy(state.bad_step))
         if stop or done % config.checkpoint_every == 0 or last:
           log.flush()
@@ -127,8 +139,8 @@ def train(
         if stop:
           log.progress.close()
           raise preemption.Preempted(
-            f'stopped by SIGTERM after step {done} of {log.total}, which is '
-            f'saved in {folder}; the same command goes on from there'
+            f'stopped by SIGTERM after step {done} of {log.total}; the state '
+            f'is saved in {folder}, and the same command resumes from there'
           )
   log.flush()
   log.progress.close()

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, a progress bar, a table."""
+"""Reports on a run: metrics.jsonl, a progress bar, JSON files, a table."""
 
 import errno
 import json
@@ -19,13 +19,17 @@ _SILENCE_S = 20.0  # between lines where there is no terminal
 
 
 class MetricsFile:
-  """metrics.jsonl: one line per logged step, in order.
-
-  On resume, lines after the restored step are dropped: they are written again,
-  with the same values.
-  """
+  """Writer of metrics.jsonl, with one line per logged step, in order."""
 
   def __init__(self, path: pathlib.Path, step: int):
+    """Opens the file and drops its lines after the restored step.
+
+    The resumed run writes these lines again, with the same values.
+
+    Args:
+      path: path of the file; it need not exist.
+      step: number of finished steps.
+    """
     self._path = path
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if _step(line) <= step]
@@ -35,7 +39,11 @@ class MetricsFile:
     self._file = path.open('ab', buffering=0)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Appends a line, or, where the disk is full, nothing.
+    """Appends a line; a full disk leaves no partial line.
+
+    Args:
+      step: number of finished steps.
+      values: metrics by name; they are rounded to seven digits.
 
     Raises:
       OSError: the disk is full.
@@ -52,21 +60,29 @@ def _step(line: str) -> float:
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
-    return float('inf')  # a line cut short
+    return float('inf')  # an incomplete line
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-  """The lines of metrics.jsonl; none without it, nor one cut short."""
+  """Returns the complete lines of metrics.jsonl; [] if there is no file."""
   lines = path.read_text().splitlines() if path.exists() else []
   return [json.loads(line) for line in lines if _step(line) < float('inf')]
 
 
 class Progress:
-  """A bar on a terminal; elsewhere a line every twenty seconds."""
+  """Progress bar on a terminal; elsewhere one line every 20 seconds."""
 
   def __init__(
     self, total: int, done: int, images_per_step: int, silent: bool = False
   ):
+    """Starts to measure time.
+
+    Args:
+      total: number of steps of the run.
+      done: number of steps that are finished already.
+      images_per_step: batch size.
+      silent: whether to print nothing.
+    """
     self._silent = silent
     self._total, self._start, self._done = total, done, done
     self._images = images_per_step
@@ -78,6 +94,7 @@ class Progress:
       )
 
   def update(self, done: int, phase: str, values: dict[str, float]) -> None:
+    """Shows the number of finished steps, the phase, losses and agreement."""
     if self._silent:
       return
     shown = {
@@ -104,18 +121,24 @@ class Progress:
       )
 
   def say(self, text: str) -> None:
+    """Prints a line to stderr without breaking the bar."""
     if self._bar is not None:
       self._bar.write(text, file=sys.stderr)
     elif not self._silent:
       print(text, file=sys.stderr, flush=True)
 
   def close(self) -> None:
+    """Leaves the bar as it is and ends its line."""
     if self._bar is not None:
       self._bar.close()
 
 
 class Waiting:
-  """Says on stderr, every twenty seconds, what a long call is still doing."""
+  """Context manager that reports on stderr every 20 s that a call still runs.
+
+  Args of the constructor:
+    what: the call, such as 'compiling student step'.
+  """
 
   def __init__(self, what: str):
     self._what = what
@@ -137,7 +160,7 @@ class Waiting:
 
 
 def peak_rss_mb() -> float:
-  """Largest resident memory of this process so far, MB."""
+  """Returns the peak resident memory of this process so far, in MB."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   scale = 1e6 if sys.platform == 'darwin' else 1e3
   return round(peak / scale, 1)
@@ -153,13 +176,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    OSError: it cannot be read.
-    InputError: it holds something else.
+    OSError: the file cannot be read.
+    InputError: the file does not hold a JSON object.
   """
   try:
     value = json.loads(path.read_bytes())
   except (ValueError, RecursionError) as e:
-    raise InputError(f'{path}: not JSON: {e}') from e
+    raise InputError(f'{path}: not JSON ({e}); expected a JSON object') from e
   if not isinstance(value, dict):
     raise InputError(
       f'{path}: found a {type(value).__name__}; expected a JSON object'
@@ -168,6 +191,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-  """Two aligned columns."""
+  """Formats (name, value) rows as two aligned columns."""
   width = max(len(name) for name, _ in rows)
   return '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows)

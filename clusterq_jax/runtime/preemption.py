@@ -1,6 +1,6 @@
-"""SIGTERM: the step is finished and saved before the process ends.
+"""Saves the state when the process receives SIGTERM.
 
-Clusters send it some seconds before they take a machine away.
+Clusters send SIGTERM some seconds before they take a machine away.
 """
 
 import contextlib
@@ -13,23 +13,27 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):  # noqa: N818
-  """A run was told to stop and has saved its state; the text is for users."""
+  """Reports that a run received SIGTERM and saved its state.
+
+  The message is for users.
+  """
 
 
 @contextlib.contextmanager
 def notice() -> Iterator[Callable[[int], bool]]:
-  """Within it, SIGTERM ends nothing.
+  """Keeps SIGTERM from ending the process inside the `with` block.
 
   Yields:
-    A function to call after every step, with the number of steps done: whether
-    to save and stop there. It waits for nothing. Of several processes all have
-    to call it; they all stop after the same step, whichever got the signal.
+    A function to call after every step with the number of finished steps. It
+    returns whether to save and stop now, and it does not block. In a
+    distributed run, every process has to call it. All processes then stop after
+    the same step, whichever of them received the signal.
   """
   if jax.distributed.is_initialized():
-    # JAX listens by itself, and makes the processes agree in the background.
+    # JAX handles the signal and makes the processes agree on a step.
     yield multihost_utils.reached_preemption_sync_point
   elif threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # only the main thread may ask for signals
+    yield lambda step: False  # only the main thread may handle signals
   else:
     told = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())

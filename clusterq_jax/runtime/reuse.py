@@ -1,4 +1,4 @@
-"""A run that starts from the generator of another one.
+"""Starts a run from the generator of another run.
 
 The generator never sees the student, so one generator serves every bit width,
 placement and student recipe.
@@ -16,7 +16,7 @@ from clusterq_jax.method.state import TrainState
 from clusterq_jax.runtime import checkpoint, metrics
 from clusterq_jax.runtime.session import Session
 
-# The generator does not depend on fields that begin like this.
+# The generator does not depend on fields with these prefixes.
 STUDENT_FIELDS = (
   'quant.',
   'student.',
@@ -31,18 +31,19 @@ STUDENT_FIELDS = (
 
 
 def take_generator(session: Session, state: TrainState) -> TrainState:
-  """Takes the generator's part of a finished run.
+  """Copies the generator, the centroids and the pool of a finished run.
 
   Args:
-    session: of the new run; its `generator.workdir` names the other.
-    state: the new run's, before its first step.
+    session: session of the new run; `config.generator.workdir` names the
+      finished run.
+    state: state of the new run before its first step.
 
   Returns:
-    The state at the new run's first student step: generator, centroids and
-    pool are the other's.
+    The state of the new run before its first student step.
 
   Raises:
-    InputError: no finished run there, or its generator is of another kind.
+    InputError: the folder holds no finished run, or the generator of that run
+      has another config.
   """
   folder = pathlib.Path(session.config.generator.workdir)
   other = _stored_config(folder)
@@ -55,8 +56,8 @@ def take_generator(session: Session, state: TrainState) -> TrainState:
   ]
   if changed:
     raise InputError(
-      f'config.generator.workdir={folder}: its generator is of another config; '
-      f'it differs in {"; ".join(changed)}'
+      f'config.generator.workdir={folder}: its generator has another config, '
+      f'which differs in {"; ".join(changed)}'
     )
   abstract = Session(other, session.teacher).abstract_state()
   checkpoints = checkpoint.Checkpoints(str(folder / 'checkpoints'))
@@ -64,7 +65,7 @@ def take_generator(session: Session, state: TrainState) -> TrainState:
   done = phases.total_steps(other.schedule)
   if restored is None or int(restored[0].step) != done:
     raise InputError(
-      f'config.generator.workdir={folder}: its run is not finished; expected '
+      f'config.generator.workdir={folder}: the run is not finished; expected '
       f'a checkpoint at step {done}'
     )
   source, _ = restored
@@ -79,11 +80,12 @@ def take_generator(session: Session, state: TrainState) -> TrainState:
 
 
 def _stored_config(folder: pathlib.Path) -> Config:
-  """Returns the config that a workdir holds."""
+  """Returns the config that is stored in a workdir."""
   try:
     stored = metrics.read_json(folder / 'config.json')
     return config_lib.from_json(stored, str(folder))
   except (OSError, InputError) as e:
     raise InputError(
-      f'config.generator.workdir={folder}: no run there ({e})'
+      f'config.generator.workdir={folder}: found no run; expected a finished '
+      f'run ({e})'
     ) from e

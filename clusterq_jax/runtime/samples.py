@@ -1,4 +1,4 @@
-"""samples.png and samples.npz: synthetic images as the student sees them."""
+"""Writes samples.png and samples.npz: images that the student is trained on."""
 
 import pathlib
 
@@ -11,13 +11,19 @@ ROWS = 10
 COLUMNS = 10
 _ZOOM = 2
 
-
 PICTURE = 'samples.png'
 ARRAYS = 'samples.npz'
 
 
 def grid(images: np.ndarray) -> np.ndarray:
-  """uint8 [rows, columns, H, W, C], C 1 or 3, to one RGB picture."""
+  """Arranges images in a grid, with one white pixel between them.
+
+  Args:
+    images: uint8 [rows, columns, H, W, C] with C = 1 or 3.
+
+  Returns:
+    RGB picture, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
+  """
   rows, columns, height, width = images.shape[:4]
   picture = np.full(
     (rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8
@@ -30,18 +36,18 @@ def grid(images: np.ndarray) -> np.ndarray:
 
 
 def save(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-  """Draws a grid of images, row by row; stores them for `data.read_npz`.
+  """Writes a picture of the images and a file for `data.read_npz`.
 
   Args:
-    folder: gets both files.
-    images: uint8 [rows, columns, H, W, C], C 1 or 3.
-    labels: int [rows * columns], what was asked of the generator.
+    folder: folder to write both files to.
+    images: uint8 [rows, columns, H, W, C] with C = 1 or 3.
+    labels: classes requested from the generator, int [rows * columns].
   """
   picture = Image.fromarray(grid(images))
   size = (picture.width * _ZOOM, picture.height * _ZOOM)
   with atomic(folder / PICTURE) as temporary:
     picture.resize(size, Image.Resampling.NEAREST).save(temporary, 'PNG')
-  # An open file: numpy appends .npz to the name of a path.
+  # numpy appends .npz to a path, but not to an open file.
   with atomic(folder / ARRAYS) as temporary, temporary.open('wb') as file:
     np.savez_compressed(
       file, images=images.reshape(-1, *images.shape[2:]), labels=labels

@@ -1,4 +1,4 @@
-"""What a run consists of: teacher, steps, random keys, compiled programs."""
+"""Builds the parts of a run: teacher, steps, random keys, programs."""
 
 import dataclasses
 import functools
@@ -28,12 +28,19 @@ from clusterq_jax.runtime.compiler import Compiler
 from clusterq_jax.weights import teacher as teacher_lib
 from clusterq_jax.weights.teacher import Teacher
 
-# Streams of random numbers, folded into the run's seed by their place here.
+# Streams of random numbers. `Session.keys` folds a stream's index into the key
+# of the run's seed, so new streams go at the end.
 _STREAMS = ('init', 'train', 'centroids', 'calibration', 'held_out', 'samples')
 
 
 def load_teacher(config: Config) -> Teacher:
-  """Loads the teacher that `config.teacher` names; prints notes on it."""
+  """Loads the teacher that `config.teacher` describes.
+
+  The lead process prints the loader's notes to stderr.
+
+  Raises:
+    InputError: the weights cannot be read or do not fit the config.
+  """
   section = dataclasses.asdict(config.teacher)
   teacher = teacher_lib.load(path=section.pop('weights'), **section)
   if sharding.is_lead():
@@ -43,7 +50,18 @@ def load_teacher(config: Config) -> Teacher:
 
 
 def load_images(config: Config, teacher: Teacher) -> data.Images | None:
-  """Loads the evaluation images that `config.eval` names, or None."""
+  """Loads the labelled images that `config.eval` describes.
+
+  Args:
+    config: resolved config.
+    teacher: teacher of the run; it determines the size of the images.
+
+  Returns:
+    The images, or None with `config.eval.source` 'none'.
+
+  Raises:
+    InputError: the images cannot be read or do not fit the teacher.
+  """
   shape, resize = teacher.preprocessing.shape, config.eval.resize
   if resize is None:
     resize = registry.architecture(config.teacher.arch).resize(min(shape[:2]))
@@ -111,15 +129,16 @@ def make_steps(
   teacher: Teacher,
   devices: Sequence[jax.Device] | None = None,
 ) -> Steps:
-  """Makes the steps of a run.
+  """Builds the training steps of a run; nothing is compiled.
 
   Args:
-    config: of the run.
-    teacher: as loaded.
-    devices: where it runs; None: on all there are.
+    config: resolved config.
+    teacher: teacher of the run.
+    devices: devices to run on; None means all devices.
 
   Raises:
-    InputError: no such layer, or a batch that does not divide among devices.
+    InputError: `config.centroids.first_layer` names no layer, or the batch does
+      not divide among the devices.
   """
   s = config.schedule
   mesh = sharding.make_mesh(s.batch_size, devices)
@@ -139,7 +158,7 @@ def make_steps(
 
 
 class Session:
-  """A run of one config: the objects that its parts share.
+  """Objects that the parts of one run share.
 
       session = Session(config)
       state = session.init()
@@ -150,11 +169,11 @@ class Session:
           state, metrics = program(state, *session.step_arguments)
 
   Attributes:
-    config: resolved.
-    teacher: as loaded.
-    steps: the steps of the method.
-    phases: those that have steps, in order.
-    compile: compiles, and counts the seconds.
+    config: resolved config.
+    teacher: teacher of the run.
+    steps: training steps of the method.
+    phases: phases with at least one step, in order.
+    compile: compiler that adds up its seconds.
   """
 
   def __init__(
@@ -166,9 +185,13 @@ class Session:
     """Prepares a run; nothing is compiled yet.
 
     Args:
-      config: resolved.
-      teacher: the one that `config.teacher` names; None loads it.
-      devices: where it runs; None: on all there are.
+      config: resolved config.
+      teacher: teacher of the run; None loads it.
+      devices: devices to run on; None means all devices.
+
+    Raises:
+      InputError: the teacher cannot be loaded, or the batch does not divide
+        among the devices.
     """
     self.config = config
     self.teacher = load_teacher(config) if teacher is None else teacher
@@ -178,17 +201,18 @@ class Session:
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
+    """Mesh of the devices that the run uses."""
     return self.steps.networks.mesh
 
   @functools.cached_property
   def variables(self) -> Any:
-    """The teacher's variables, on every device."""
+    """Teacher's variables, replicated on every device."""
     everywhere = sharding.replicated(self.mesh)
     return jax.device_put(self.teacher.variables, everywhere)
 
   @functools.cached_property
   def keys(self) -> dict[str, jax.Array]:
-    """PRNG keys by stream: init, train, centroids, calibration, ..."""
+    """PRNG keys by name of the stream, such as 'init' and 'train'."""
 
     def make():
       root = jax.random.key(self.config.seed)
@@ -199,7 +223,7 @@ class Session:
 
   @property
   def step_arguments(self) -> tuple[Any, jax.Array]:
-    """What a step takes after the state."""
+    """Arguments of a step after the state: teacher's variables and key."""
     return self.variables, self.keys['train']
 
   # --------------------------------------------------------- the state
@@ -211,7 +235,7 @@ class Session:
     return init(self.keys['init'], self.variables)
 
   def abstract_state(self) -> TrainState:
-    """Returns its shapes, dtypes and shardings, for `Checkpoints`."""
+    """Returns the state as `jax.ShapeDtypeStruct` leaves with shardings."""
     return self.steps.abstract_state(self.keys['init'], self.variables)
 
   # -------------------------------------------------------- the phases
@@ -222,13 +246,13 @@ class Session:
     return self.compile(step, state, *self.step_arguments, donate=True)
 
   def enter(self, phase: Phase, state: TrainState) -> TrainState:
-    """Does what comes before a phase's first step."""
+    """Applies the transitions that precede the first step of a phase."""
     for transition in phase.on_enter:
       state = getattr(self, transition)(state)
     return state
 
   def initialize_centroids(self, state: TrainState) -> TrainState:
-    """Starts the centroids from the warmed-up generator's images."""
+    """Initialises the centroids from images of the warmed-up generator."""
     classes = self.steps.networks.num_classes
     images = self.config.centroids.images_per_class * classes
     batches = -(-images // self.config.schedule.batch_size)
@@ -239,18 +263,18 @@ class Session:
     )
 
   def calibrate_student(self, state: TrainState) -> TrainState:
-    """Makes the student of the calibration images."""
+    """Initialises the student from calibration images."""
     args = state, self.variables, self.keys['calibration']
     return self.compile(self.steps.calibrate_student, *args, donate=True)(*args)
 
   # ------------------------------------------------------- the student
 
   def deliver(self, state: TrainState) -> TrainState:
-    """Returns the state with the student as it is delivered.
+    """Returns the state with the final student.
 
-    Its weights are those that its codes stand for, its activation ranges have
-    headroom, and with `integer` placement its biases are those of the integer
-    network.
+    The weights move onto their quantization grid, and the activation ranges
+    gain headroom. With `integer` placement, the biases become equal to the
+    rounded biases of the integer network.
     """
     networks, quant = self.steps.networks, self.config.quant
 

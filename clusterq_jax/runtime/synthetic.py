@@ -1,4 +1,4 @@
-"""What the final generator's images tell: agreement, and samples to look at."""
+"""Compares student and teacher on generated images and saves samples."""
 
 import pathlib
 from typing import Any
@@ -13,15 +13,19 @@ from clusterq_jax.method.state import TrainState
 from clusterq_jax.runtime import evaluation, samples
 from clusterq_jax.runtime.session import Session
 
-HELD_OUT = 2048  # images; the forecast was fitted on as many
+HELD_OUT = 2048  # images; the forecast was fitted with this number
 
 
 def compare(session: Session, state: TrainState) -> dict[str, Any]:
-  """Compares student and teacher on generated images from unseen noise.
+  """Compares student and teacher on images generated from new noise.
 
-  On images as they are the two hardly ever disagree, because the student was
-  trained on similar ones. Blended with one another they lie between classes,
-  where real images lie too.
+  On unblended images the two hardly ever disagree, because the student was
+  trained on similar ones. Blended images lie between classes, as many real
+  images do.
+
+  Args:
+    session: session of the run.
+    state: state with the final student.
 
   Returns:
     `agreement` and `blended_agreement` in percent, `blended_divergence` (mean
@@ -62,9 +66,14 @@ def compare(session: Session, state: TrainState) -> dict[str, Any]:
 def save_samples(
   session: Session, state: TrainState, folder: pathlib.Path
 ) -> None:
-  """Writes samples.png and samples.npz, a class a row.
+  """Writes samples.png and samples.npz, with one class per row.
 
-  All processes have to call it; the lead writes.
+  Every process has to call this; only the lead writes.
+
+  Args:
+    session: session of the run.
+    state: state with the generator.
+    folder: folder to write both files to.
   """
   networks = session.steps.networks
   classes = min(networks.num_classes, samples.ROWS)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and its results."""
+"""Locks the folder of a run and merges its results."""
 
 import contextlib
 import fcntl
@@ -19,13 +19,20 @@ LOCK = '.lock'
 
 @contextlib.contextmanager
 def open_workdir(config: Config, workdir: str) -> Iterator[pathlib.Path]:
-  """Makes the workdir, and holds it against other runs.
+  """Makes the workdir and locks it while the `with` block runs.
 
-  Of several processes only the lead touches it.
+  In a distributed run, only the lead touches the folder.
+
+  Args:
+    config: resolved config; it is stored in config.json.
+    workdir: path of the folder.
+
+  Yields:
+    The folder.
 
   Raises:
-    InputError: another run is working there, another training config, or a
-      folder that cannot be written.
+    InputError: another run uses the folder, the folder holds a run with another
+      training config, or it cannot be written.
   """
   if '://' in workdir:
     raise InputError(f'{workdir}: expected a folder or gs://BUCKET/PATH')
@@ -45,13 +52,13 @@ def open_workdir(config: Config, workdir: str) -> Iterator[pathlib.Path]:
 
 
 def _lock(file, workdir: str) -> None:
-  """Locks a file for as long as it is open: dies with the process."""
+  """Locks a file until it is closed or the process ends."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as e:
     file.seek(0)
     raise InputError(
-      f'{workdir}: {file.read().strip()} is working there; wait for it, stop '
+      f'{workdir}: {file.read().strip()} uses this workdir; wait for it, stop '
       'it, or choose another workdir'
     ) from e
   except OSError:  # a file system without locks
@@ -62,7 +69,7 @@ def _lock(file, workdir: str) -> None:
 
 
 def _claim(config: Config, folder: pathlib.Path) -> None:
-  """Refuses a folder that holds a run of another config; else stores this."""
+  """Stores the config; refuses a folder that holds a run with another one."""
   file = folder / 'config.json'
   try:
     if file.exists():
@@ -71,8 +78,8 @@ def _claim(config: Config, folder: pathlib.Path) -> None:
       changed = config_lib.differences(stored, config)
       if changed:
         raise InputError(
-          f'{folder} holds a run with another config; it differs in '
-          f'{"; ".join(changed)}. Choose another workdir, or the same config'
+          f'{folder} holds a run with another config, which differs in '
+          f'{"; ".join(changed)}. Choose another workdir or the same config'
         )
     metrics.write_json(file, config_lib.to_json(config))
   except OSError as e:
@@ -80,18 +87,18 @@ def _claim(config: Config, folder: pathlib.Path) -> None:
 
 
 def export_folder(config: Config, workdir: str) -> pathlib.Path:
-  """The folder that a run is exported to."""
+  """Returns the folder that --mode=export writes to."""
   return pathlib.Path(config.export.folder or f'{workdir}/export')
 
 
 def read_results(folder: pathlib.Path) -> dict[str, Any]:
-  """What results.json holds; nothing without it."""
+  """Returns the contents of results.json; {} if there is no file."""
   file = folder / 'results.json'
   return metrics.read_json(file) if file.exists() else {}
 
 
-# What an evaluation measures on images: by key, the figures that become null
-# when the next one looks at other images.
+# Figures that an evaluation measures on images, by key of results.json. They
+# become null when the next evaluation uses other images.
 _MEASURED = {
   'teacher': ('top1',),
   'student': ('top1', 'n', 'agreement'),
@@ -100,14 +107,18 @@ _MEASURED = {
 
 
 def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
-  """Adds to results.json, or replaces, the keys of `new`, one level deep.
+  """Adds new results to results.json, one level deep.
 
-  A figure that is there is not replaced by None, which says not measured. If
-  `new` holds figures on other `images` than the file, those in the file move to
-  `earlier`, so that figures side by side are always on the same images.
+  None means "not measured" and never replaces a figure. If `new` holds figures
+  on other images than the file, the figures in the file move to `earlier`.
+  Figures next to each other are therefore always on the same images.
+
+  Args:
+    folder: the workdir.
+    new: results by key.
 
   Returns:
-    All that results.json then holds.
+    The new contents of results.json.
   """
   results = read_results(folder)
   if new.get('images'):
@@ -124,7 +135,15 @@ def merge_results(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_images(results: dict[str, Any], digest: str) -> dict[str, Any]:
-  """The results with figures on the images of that digest alone."""
+  """Moves figures on other images to `earlier`.
+
+  Args:
+    results: contents of results.json.
+    digest: digest of the images that the next figures are measured on.
+
+  Returns:
+    The results; figures on these images return from `earlier`.
+  """
   shown = _digest(results)
   figures = {
     key: results[key]
@@ -146,5 +165,5 @@ def _of_images(results: dict[str, Any], digest: str) -> dict[str, Any]:
 
 
 def _digest(figures: dict[str, Any]) -> str | None:
-  """What tells the images of some figures; None in files of before."""
+  """Returns the digest of the images; None in files of older versions."""
   return (figures.get('images') or {}).get('digest')

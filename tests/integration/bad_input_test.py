@@ -355,7 +355,7 @@ def test_loss_that_is_no_longer_finite(
   assert code == 2
   assert len(lines) == 1
   assert 'Traceback' not in out + error
-  assert 'no longer finite since step 1;' in lines[0]
+  assert 'not finite from step 1 on;' in lines[0]
   workdir = tmp_path / 'run'
   assert str(workdir / 'checkpoints') in lines[0]
   names = {path.name for path in (workdir / 'checkpoints').iterdir()}

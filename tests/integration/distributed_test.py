@@ -188,7 +188,7 @@ def test_two_processes(start, logged, finished, tmp_path):
   for text in said:
     assert 'distributed: process' in text
     assert f'stopped by SIGTERM after step {first} of {_STEPS}' in text
-    assert 'the same command goes on from there' in text
+    assert 'the same command resumes from there' in text
 
   codes, said = _end(start('slurm'))
   assert codes == [0, 0], said
@@ -206,7 +206,7 @@ def test_killed_processes(start, logged, finished, tmp_path):
   codes, said = _end((lead, other))
   assert codes == [1, -9], said
   assert time.monotonic() - killed_at < 60
-  assert 'error: process 0 of 2 cannot go on' in said[0].splitlines()[-1]
+  assert 'error: process 0 of 2 stopped' in said[0].splitlines()[-1]
   assert 'the same command' in said[0].splitlines()[-1]
   first = max(logged())
   assert first < _STEPS
@@ -218,7 +218,7 @@ def test_killed_processes(start, logged, finished, tmp_path):
   codes, said = _end((lead, other))
   assert codes == [-9, 1], said
   assert time.monotonic() - killed_at < 60
-  assert 'error: process 1 of 2 cannot go on' in said[1].splitlines()[-1]
+  assert 'error: process 1 of 2 stopped' in said[1].splitlines()[-1]
   assert 'the same command' in said[1].splitlines()[-1]
 
   processes = start('gke', 4)

@@ -132,7 +132,7 @@ def test_sigterm_and_a_second_run(
   step = max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
   assert 4 <= step < 10
   assert f'stopped by SIGTERM after step {step} of 10' in said
-  assert 'the same command goes on from there' in said
+  assert 'the same command resumes from there' in said
   assert not (workdir / 'student.safetensors').exists()
   assert list((workdir / 'trace').rglob('*.xplane.pb'))  # of step 4
 

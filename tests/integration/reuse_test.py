@@ -55,7 +55,7 @@ def test_the_student_is_that_of_a_run_with_a_generator_of_its_own(
     ({'seed': 1}, 'seed: 0 -> 1'),
     ({'loss.sfda': 0.0}, 'loss.sfda: 0.9 -> 0.0'),
     ({'schedule.joint_steps': 1}, 'expected config.schedule.joint_steps=0'),
-    ({'generator.workdir': 'nowhere'}, 'nowhere: no run there'),
+    ({'generator.workdir': 'nowhere'}, 'nowhere: found no run'),
   ],
 )
 def test_refuses(make_config, source, tmp_path, fields, message):
