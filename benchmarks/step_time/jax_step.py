@@ -1,5 +1,6 @@
 """The joint step of this project, on random weights."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,6 +16,13 @@ from clusterq_jax.method.state import TrainState
 from clusterq_jax.runtime.session import Session
 
 
+def _in_check(args, tree: Any) -> Any:
+  """Returns a tree in float64 for --check; Flax makes float32 parameters."""
+  return jax.tree.map(
+    lambda a: np.float64(a) if args.check and a.dtype == np.float32 else a, tree
+  )
+
+
 def _session(args) -> Session:
   config = config_lib.paper_config()
   config.schedule.batch_size = args.batch_size
@@ -22,8 +30,12 @@ def _session(args) -> Session:
   config.quant.ranges, config.student.optimizer = 'learned', 'adam'
   config.augment.probability = 0.0 if args.check else 1.0
   config.loss.noise = (0.0, 0.0) if args.check else setting.NOISE
-  teacher = random_weights.teacher('resnet20', setting.CLASSES, args.seed)
-  return Session(config_lib.resolve(config), teacher)
+  with jax.enable_x64(False):  # the weights' own pass mixes types under x64
+    teacher = random_weights.teacher('resnet20', setting.CLASSES, args.seed)
+  wide = dataclasses.replace(
+    teacher, variables=_in_check(args, teacher.variables)
+  )
+  return Session(config_lib.resolve(config), wide)
 
 
 def _state(session: Session, seed: int) -> TrainState:
@@ -62,12 +74,8 @@ class JaxStep:
 
   def __init__(self, args):
     session = _session(args)
-    teacher, state = session.teacher.variables, _state(session, args.seed)
-    if args.check:  # Flax makes float32 parameters under x64 as well.
-      teacher, state = jax.tree.map(
-        lambda a: np.float64(a) if a.dtype == np.float32 else a,
-        (teacher, state),
-      )
+    teacher = session.teacher.variables
+    state = _in_check(args, _state(session, args.seed))
     self.inputs = flatten({'teacher': teacher, 'state': state})
     self.state, *self._rest = jax.device_put(
       (state, teacher, jax.random.key(args.seed)),
