@@ -11,6 +11,7 @@ records the input that the weights expect, so that no config needs to.
 import json
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -80,22 +81,7 @@ def convert(
   expected, assumed = teacher.expected_input(
     source, arch, loaded, preprocessing, '--'
   )
-  unknown = [
-    name for name in ('image_size', 'mean', 'std') if name not in expected
-  ]
-  if unknown:
-    report.append(
-      'WARNING: the input that these weights expect is unknown; give '
-      f'--{", --".join(unknown)}, or config.teacher.{", ".join(unknown)} to '
-      'every run.'
-    )
-  elif assumed:
-    values = ', '.join(f'{name} {expected[name]}' for name in assumed)
-    report.append(
-      'WARNING: the file does not tell what input these weights expect. The '
-      f'usual values for {arch} are assumed: {values}. Wrong values cost '
-      f'accuracy; if yours differ, give --{assumed[0]}=...'
-    )
+  report += _warnings(arch, expected, assumed)
   metadata = {
     'format': weights_lib.FORMAT,
     'arch': arch,
@@ -111,6 +97,29 @@ def convert(
   weights_lib.write_safetensors(target, loaded.variables, metadata)
   report.append(f'{output}: {target.stat().st_size / 1e6:.2f} MB')
   return '\n'.join(report)
+
+
+def _warnings(
+  arch: str, expected: dict[str, Any], assumed: list[str]
+) -> list[str]:
+  """Warns of an input that is unknown or assumed."""
+  unknown = [
+    name for name in ('image_size', 'mean', 'std') if name not in expected
+  ]
+  if unknown:
+    return [
+      'WARNING: the input that these weights expect is unknown; give '
+      f'--{", --".join(unknown)}, or config.teacher.{", ".join(unknown)} to '
+      'every run.'
+    ]
+  if assumed:
+    values = ', '.join(f'{name} {expected[name]}' for name in assumed)
+    return [
+      'WARNING: the file does not tell what input these weights expect. The '
+      f'usual values for {arch} are assumed: {values}. Wrong values cost '
+      f'accuracy; if yours differ, give --{assumed[0]}=...'
+    ]
+  return []
 
 
 def main(argv: list[str]) -> int:
