@@ -331,12 +331,6 @@ def test_unfit_tfds(prepare, tmp_path):
   refusal('cut')
 
 
-def test_missing_tfds(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
-  with pytest.raises(InputError, match='pip install tensorflow-datasets'):
-    _load_tfds('cifar10')
-
-
 # --- Which class a folder is -------------------------------------------------
 
 
