@@ -15,6 +15,7 @@ import pathlib
 import jax
 import numpy as np
 
+from benchmarks import runtimes
 from clusterq_jax import data, errors, load_student
 from clusterq_jax.runtime import evaluation
 
@@ -25,26 +26,15 @@ def in_batches(run, images, size=250):
   return np.concatenate([np.asarray(run(part)) for part in parts])
 
 
-def runtimes(file):
-  """Yields (name, images -> logits)."""
-  import onnxruntime
-
-  for mode in ('0', '1'):
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry('session.x64quantprecision', mode)
-    session = onnxruntime.InferenceSession(
-      str(file), options, providers=['CPUExecutionProvider']
-    )
-    name = f'ONNX Runtime {onnxruntime.__version__}, x64quantprecision={mode}'
-    yield name, lambda x, s=session: s.run(None, {'images': x})[0]
-  try:
-    import openvino as ov
-  except ImportError:
-    return
-  # By default it uses bfloat16 for what is not in integers, if the CPU can.
-  settings = {'INFERENCE_PRECISION_HINT': 'f32'}
-  compiled = ov.Core().compile_model(str(file), 'CPU', settings)
-  yield f'OpenVINO {ov.__version__.split("-")[0]}', lambda x: compiled(x)[0]
+def runs(file):
+  """Yields name, and images -> logits, of each runtime and kernel mode."""
+  for name, runtime in runtimes.installed().items():
+    if runtime is runtimes.onnx_runtime:
+      for mode in ('0', '1'):
+        run = runtime(file, mode=mode)
+        yield f'{name}, x64quantprecision={mode}', run
+    else:
+      yield name, runtime(file)
 
 
 def main():
@@ -78,7 +68,7 @@ def main():
     f'{top1(classes):.2f} integer; they agree on '
     f'{evaluation.percent(fake == classes):.2f} %'
   )
-  for name, run in runtimes(file):
+  for name, run in runs(file):
     theirs = in_batches(run, images.images)
     same = np.all(ours == theirs, -1)
     agree = evaluation.percent(theirs.argmax(-1) == classes)

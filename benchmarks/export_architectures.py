@@ -87,7 +87,7 @@ def check(arch: str, bits: int, count: int) -> bool:
     operators = optimised(file)
     convolutions = operators['QLinearConv'], operators['Conv']
     exact = []
-    for _, run in bit_exactness.runtimes(file):
+    for _, run in bit_exactness.runs(file):
       theirs = bit_exactness.in_batches(run, images, 16)
       exact.append(int(np.all(theirs == logits, -1).sum()))
   different = len(np.unique(logits, axis=0))

@@ -10,41 +10,15 @@ reports, integers gain less.
 """
 
 import argparse
-import json
-import os
 import pathlib
 import statistics
 import time
 
 import numpy as np
 
+from benchmarks import common, runtimes
+
 PAIR = ('float32.onnx', 'integer.onnx')
-
-
-def onnx_runtime(file, threads):
-  """Returns images -> logits."""
-  import onnxruntime
-
-  options = onnxruntime.SessionOptions()
-  options.intra_op_num_threads = threads
-  options.inter_op_num_threads = 1
-  session = onnxruntime.InferenceSession(
-    str(file), options, providers=['CPUExecutionProvider']
-  )
-  return lambda images: session.run(None, {'images': images})[0]
-
-
-def openvino(file, threads):
-  """Returns images -> logits; float32 stays float32."""
-  import openvino as ov
-
-  settings = {
-    'INFERENCE_PRECISION_HINT': 'f32',
-    'INFERENCE_NUM_THREADS': threads,
-    'NUM_STREAMS': 1,
-  }
-  compiled = ov.Core().compile_model(str(file), 'CPU', settings)
-  return lambda images: compiled(images)[0]
 
 
 def images_of(folder, batch):
@@ -84,29 +58,15 @@ def main():
   if missing:
     parser.error(f'{args.folder}: no {missing[0]}; expected an export folder')
 
-  import onnxruntime
-
-  runtimes = {f'ONNX Runtime {onnxruntime.__version__}': onnx_runtime}
-  try:
-    import openvino as ov
-
-    runtimes[f'OpenVINO {ov.__version__.split("-")[0]}'] = openvino
-  except ImportError:
-    print('OpenVINO is not installed: left out')
-  import onnx
-
-  properties = onnx.load(args.folder / PAIR[1]).metadata_props
-  facts = {p.key: json.loads(p.value) for p in properties}
-  bits, arch = facts['bits'], facts['config']['teacher']['arch']
   flags = pathlib.Path('/proc/cpuinfo').read_text()
   print(
-    f'{arch} W{bits["weights"]}A{bits["activations"]}; {os.cpu_count()} CPUs, '
-    f'VNNI: {"yes" if "vnni" in flags else "no"}; load {os.getloadavg()[0]:.2f}'
+    f'{common.machine()}, VNNI: {"yes" if "vnni" in flags else "no"}; '
+    f'load {common.load_average()}'
   )
   sizes = [(args.folder / name).stat().st_size for name in PAIR]
   print(f'file: {sizes[0]} -> {sizes[1]} bytes, x{sizes[0] / sizes[1]:.2f}')
   print('runtime, threads, batch: float -> integer ms; ratio, 10-90 %')
-  for name, runtime in runtimes.items():
+  for name, runtime in runtimes.installed().items():
     for threads in (1, 2):
       for batch in (1, 16):
         pairs = compare(runtime, args.folder, threads, batch, args.rounds)

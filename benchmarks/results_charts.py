@@ -22,7 +22,6 @@ from benchmarks.records import Record
 # Okabe and Ito: colours that colour-blind readers can tell apart.
 BLUE, ORANGE, GREY, INK = '#0072b2', '#d55e00', '#8a8f94', '#222222'
 STYLE = {
-  'axes.edgecolor': '#666666',
   'axes.titlesize': 10,
   'axes.titlelocation': 'left',
   'axes.spines.top': False,
@@ -31,7 +30,6 @@ STYLE = {
   'axes.grid.axis': 'x',
   'axes.axisbelow': True,
   'grid.color': '#e4e7ea',
-  'font.family': 'sans-serif',
   'font.size': 8.5,
   'ytick.major.size': 0,
   'svg.fonttype': 'none',
@@ -182,17 +180,15 @@ def _drop_against_time() -> tuple[Figure, list[Record]]:
   return figure, runs + published
 
 
-CHARTS: dict[str, Callable[[], tuple[Figure, list[Record]]]] = {
-  'drop_against_time': _drop_against_time,
-  **{
-    f'ablation_{group}': functools.partial(_ablation, title, group)
-    for group, title in (
-      ('class_terms', 'Class terms, CIFAR-10: variants differ as seeds do'),
-      ('ideas', 'Ideas of the recipe, CIFAR-10, one left out at a time'),
-      ('many_classes', 'Some of the same ideas, CIFAR-100'),
-    )
-  },
+_TITLES = {
+  'class_terms': 'Class terms, CIFAR-10: variants differ as seeds do',
+  'ideas': 'Ideas of the recipe, CIFAR-10, one left out at a time',
+  'many_classes': 'Some of the same ideas, CIFAR-100',
 }
+CHARTS: dict[str, Callable[[], tuple[Figure, list[Record]]]] = {
+  f'ablation_{group}': functools.partial(_ablation, title, group)
+  for group, title in _TITLES.items()
+} | {'drop_against_time': _drop_against_time}
 
 
 def draw(name: str) -> bytes:
@@ -200,10 +196,8 @@ def draw(name: str) -> bytes:
   file = io.BytesIO()
   with matplotlib.rc_context(STYLE):
     figure, shown = CHARTS[name]()
-    metadata: dict[str, Any] = {
-      'Date': None,
-      'Description': f'records sha256 {records.digest(shown)}',
-    }
+    text = f'records sha256 {records.digest(shown)}'
+    metadata: dict[str, Any] = {'Date': None, 'Description': text}
     figure.savefig(file, format='svg', metadata=metadata)
   # Matplotlib ends lines of paths with spaces.
   return b'\n'.join(line.rstrip() for line in file.getvalue().split(b'\n'))

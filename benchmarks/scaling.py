@@ -50,9 +50,7 @@ SERIES = {
     f'Classes, {step}': [{'classes': n, 'step': step} for n in (10, 100, 1000)]
     for step in ('generator_step', 'student_step')
   },
-  'network': {
-    'Network': [{'arch': f'resnet{n}'} for n in (8, 20, 56)],
-  },
+  'network': {'Network': [{'arch': f'resnet{n}'} for n in (8, 20, 56)]},
   'devices': {
     f'Fake devices, {MANY_THREADS} threads after the first row': [
       {'devices': 1},
@@ -161,15 +159,8 @@ def measure(title: str, rows: list[dict[str, Any]]) -> None:
   """Prints a table of a series."""
   children = []
   for row in rows:
-    spec = {**BASE, **row}
-    children.append(
-      start(
-        json.dumps(spec),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-      )
-    )
+    spec, pipe = json.dumps({**BASE, **row}), subprocess.PIPE
+    children.append(start(spec, stdin=pipe, stdout=pipe, text=True))
     answer(children[-1])  # one compiles at a time
   turns: list[list[Any]] = [[] for _ in rows]
   for _, (i, child) in itertools.product(range(TURNS), enumerate(children)):

@@ -10,7 +10,7 @@ their seconds do not contain the generator. The first evaluation at or below a
 target decides.
 
 A line for each method and seed goes to records/time_to_accuracy.jsonl beside
-this file. `--steps 2 2 4` tries the script and records nothing.
+this file. `--budget=0.004` tries the script and records nothing.
 """
 
 import argparse
@@ -260,21 +260,17 @@ def main() -> int:
   add('--config', default='cifar10_resnet20_fast')
   add('--seeds', type=int, nargs='+', default=[0, 1, 2])
   add('--every', type=int, default=25, help='student steps per evaluation')
-  add('--steps', type=int, nargs=3, help='warm-up, generator, student: a trial')
+  add('--budget', type=float, default=1.0, help='below 1: a trial')
   args = parser.parse_args()
   targets(args.config)  # fails early where nothing is published
-  fields: dict[str, Any] = {}
-  if args.steps:
-    names = ('warmup_steps', 'generator_steps', 'student_steps', 'pool_batches')
-    counts = (*args.steps, args.steps[1])
-    fields = {f'schedule.{n}': c for n, c in zip(names, counts, strict=True)}
-    fields['schedule.procedural_batches'] = 4  # the calibration takes four
   for seed in args.seeds:
-    courses, images = measure(args.config, seed, args.every, fields)
+    courses, images = measure(
+      args.config, seed, args.every, {'budget': args.budget}
+    )
     for method, course in courses.items():
       points = ', '.join(f'{p.seconds:.0f} s {p.drop:.2f}' for p in course)
       print(f'seed {seed}, {method}: {points}', flush=True)
-      if not args.steps:
+      if args.budget == 1:
         new = record(args.config, seed, method, course, images)
         records.append(RECORDS, new)
   return 0
