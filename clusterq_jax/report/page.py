@@ -10,12 +10,10 @@ import dataclasses
 import datetime
 import io
 import json
-import math
 import os
 import pathlib
 import platform
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +24,14 @@ from PIL import Image
 from clusterq_jax import config as config_lib
 from clusterq_jax.config import Config
 from clusterq_jax.deploy import export_files
-from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.method.state import TrainState
-from clusterq_jax.report import closing_table, diagnostics, figures, quantities
+from clusterq_jax.report import (
+  closing_table,
+  diagnostics,
+  figures,
+  quantities,
+  quantization,
+)
 from clusterq_jax.runtime import bucket, samples
 from clusterq_jax.runtime import workdir as workdir_lib
 from clusterq_jax.runtime.session import Session
@@ -124,7 +127,11 @@ def render(run: Run) -> str:
     colors=dict(zip(run.shown, figures.CLASSES, strict=False)),
     maps=_feature_maps(run, features),
     separation=_separation(run, features),
-    quantization=_quantization(run),
+    quantization=None
+    if 'unfinished' in run.results or 'synthetic' not in run.images
+    else quantization.gather(
+      run.folder, run.teacher, run.images['synthetic'].images
+    ),
     export=_export(run),
   )
 
@@ -276,88 +283,6 @@ def _separation(run: Run, features: _Features) -> dict[str, list[str]]:
     width=figures.WIDE,
   )
   return {'ratio': [chart] if lines else [], 'maps': maps}
-
-
-def _quantization(run: Run) -> dict[str, Any] | None:
-  """Returns the quantization errors; None without a student or images.
-
-  Returns:
-    `images`: number of synthetic images; `charts`; and `rows` of the table.
-  """
-  if 'unfinished' in run.results or 'synthetic' not in run.images:
-    return None
-  student = student_lib.load(run.folder)
-  images = run.images['synthetic'].images
-  # A smaller batch than usual: the outputs of all layers stay in memory.
-  images = images[: max(8, diagnostics.batch_size(images.shape) // 4)]
-  weights = diagnostics.weight_errors(run.teacher, student)
-  outputs = diagnostics.output_errors(run.teacher, student, images)
-  names = [n.name for n in run.teacher.graph.nodes]
-  names = [name for name in names if name in weights or name in outputs]
-  rows = [
-    [
-      f'{place}',
-      name,
-      *_cells(weights.get(name), 'sqnr'),
-      *_cells(outputs.get(name), 'sqnr', 'rounding'),
-    ]
-    for place, name in enumerate(names, 1)
-  ]
-  charts = _error_charts(names, weights, outputs)
-  return {'images': len(images), 'charts': charts, 'rows': rows}
-
-
-def _cells(error: Any, *fields: str) -> list[str]:
-  """Returns bits, decibels and percentages; blanks without a quantizer."""
-  if error is None:
-    return [''] * (len(fields) + 3)
-  return [
-    f'{error.bits}',
-    *(f'{getattr(error, field):.1f}' for field in fields),
-    f'{100 * error.levels:.1f}',
-    f'{100 * error.clipped:.2f}',
-  ]
-
-
-def _error_charts(
-  names: list[str], weights: Mapping[str, Any], outputs: Mapping[str, Any]
-) -> list[str]:
-  """Returns charts of the errors of weights and outputs, layer by layer."""
-
-  x_label = 'layer number in the table'
-
-  def curve(
-    name: str, errors: Mapping[str, Any], field: str, scale: float = 1
-  ) -> figures.Curve:
-    values = [
-      scale * getattr(errors[n], field) if n in errors else math.nan
-      for n in names
-    ]
-    return figures.Curve(name, range(1, len(names) + 1), values)
-
-  def shares(title: str, field: str, unit: str) -> str:
-    lines = [
-      curve('weights', weights, field, 100),
-      curve('outputs', outputs, field, 100),
-    ]
-    return figures.curves(title, lines, x_label, unit, width=figures.HALF)
-
-  ratios = [
-    curve('weights', weights, 'sqnr'),
-    curve('outputs', outputs, 'sqnr'),
-    curve('outputs, own rounding only', outputs, 'rounding'),
-  ]
-  return [
-    figures.curves(
-      'Signal-to-quantization-noise ratio (higher is better)',
-      ratios,
-      x_label,
-      'SQNR, dB',
-      width=figures.WIDE,
-    ),
-    shares('Integer levels in use', 'levels', '% of the levels'),
-    shares('Values outside the range', 'clipped', '% of the values'),
-  ]
 
 
 def _export(run: Run) -> dict[str, Any]:
