@@ -24,6 +24,7 @@ if {'clusterq_jax.main', 'clusterq'} & {
 
 from clusterq_jax.config import (  # noqa: E402
   default_config,
+  imagenet_config,
   paper_config,
   paper_imagenet_config,
 )
@@ -47,6 +48,7 @@ __all__ = [
   'default_config',
   'evaluate',
   'export',
+  'imagenet_config',
   'load_student',
   'paper_config',
   'paper_imagenet_config',

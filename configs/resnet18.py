@@ -14,18 +14,8 @@ import clusterq_jax as cq
 
 
 def get_config():
-  """Runs the short recipe on batches that two cores can carry."""
-  config = cq.default_config()
-  config.budget = 1 / 6
+  """Runs the short recipe for 224 x 224 pixels."""
+  config = cq.imagenet_config()
   config.teacher.arch = 'resnet18'
   config.teacher.weights = 'weights/resnet18.pth'
-  config.teacher.num_classes = 1000
-  config.quant.activation_bits = 8
-  config.generator.channels = (128, 96, 64, 32, 16, 8)
-  config.centroids.images_per_class = 1
-  config.schedule.batch_size = 16
-  # A quarter of the recipe's rates, as of its batch.
-  config.student.lr = 1.5e-4
-  config.student.quant_lr = 5e-4
-  config.eval.batch_size = 50
   return config

@@ -3,6 +3,7 @@
 from clusterq_jax.config.fields import Config
 from clusterq_jax.config.presets import (
   default_config,
+  imagenet_config,
   paper_config,
   paper_imagenet_config,
 )
@@ -24,6 +25,7 @@ __all__ = [
   'differences',
   'flatten',
   'from_json',
+  'imagenet_config',
   'paper_config',
   'paper_imagenet_config',
   'resolve',
