@@ -1,7 +1,8 @@
 """Augmentation of synthetic images: crop and flip, mixup, adversarial step.
 
-Differentiable, batched, and free of data-dependent shapes: the crop is a pair
-of bilinear interpolation matrices per image, identities where it is off.
+All functions are batched and have static shapes. The crop is differentiable: it
+multiplies each image with two bilinear interpolation matrices. Without a crop,
+the matrices are identities.
 """
 
 from collections.abc import Callable
@@ -9,23 +10,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_SCALE = (0.8, 1.0)  # of the image's area
-_LOG_ASPECT = 0.2877  # log(4 / 3)
+_SCALE = (0.8, 1.0)  # area of a crop, as a fraction of the image's area
+_LOG_ASPECT = 0.2877  # log(4 / 3), the largest log of a crop's aspect ratio
 
 
 def random_resized_crop_and_flip(
   key: jax.Array, x: jax.Array, probability: float, flip: bool
 ) -> jax.Array:
-  """Augments a whole batch, or leaves the whole batch as it is.
+  """Crops and flips all images of a batch, or none of them.
 
   Args:
     key: PRNG key.
     x: images, [B, H, W, C].
-    probability: that this batch is augmented.
-    flip: whether mirror images keep their class.
+    probability: probability that the batch is augmented.
+    flip: whether augmentation mirrors half of the images.
 
   Returns:
-    [B, H, W, C].
+    The augmented images, [B, H, W, C].
   """
   if probability == 0:
     return x
@@ -57,18 +58,21 @@ def random_resized_crop_and_flip(
 
 
 def mixup(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
-  """Blends images with others of their batch (Zhang et al. 2018).
+  """Blends images with other images of their batch.
 
-  For losses against the teacher's answers to the blended images: no label is
-  blended. Not in the paper.
+  Labels are not blended, because the teacher labels the blended images. This is
+  not in the paper.
 
   Args:
     key: PRNG key.
     x: images, [B, H, W, C].
-    probability: that an image is blended, in a ratio drawn uniformly.
+    probability: probability that an image is blended. The ratio is uniform.
 
   Returns:
-    [B, H, W, C].
+    The blended images, [B, H, W, C].
+
+  References:
+    Zhang et al., mixup, arXiv 1710.09412.
   """
   if probability == 0:
     return x
@@ -87,20 +91,20 @@ def adversarial(
 ) -> jax.Array:
   """Takes one signed-gradient step (FGSM) that increases a divergence.
 
-  Not in the paper.
+  Only every other image takes the step. This is not in the paper.
 
   Args:
-    key: PRNG key of the step's length, which is uniform per image.
-    x: images, [B, H, W, C]; every other one moves.
-    largest: maximum step, in normalised pixel units; 0 moves none.
-    divergence: images to the scalar that should grow.
+    key: PRNG key of the step lengths, which are uniform for each image.
+    x: images, [B, H, W, C].
+    largest: maximum step, in normalised pixel units; 0 returns x.
+    divergence: maps images to the scalar to increase.
 
   Returns:
-    [B, H, W, C].
+    The images after the step, [B, H, W, C].
 
   References:
-    Goodfellow et al., arXiv 1412.6572. Li et al., HAST, arXiv 2303.13826,
-    train on hard samples, which they find in another way.
+    Goodfellow et al., arXiv 1412.6572. Li et al., HAST, arXiv 2303.13826, also
+    train on hard samples, but find them by other means.
   """
   if largest == 0:
     return x
@@ -112,9 +116,15 @@ def adversarial(
 def _interpolation(
   size: int, start: jax.Array, fraction: jax.Array
 ) -> jax.Array:
-  """Bilinear resampling of [start, start + fraction * size] to `size` pixels.
+  """Makes matrices that resample [start, start + fraction * size] bilinearly.
 
-  start, fraction: [B]; returns [B, size, size], rows summing to 1.
+  Args:
+    size: number of pixels before and after.
+    start: begin of the crop in pixels, [B].
+    fraction: length of the crop as a fraction of `size`, [B].
+
+  Returns:
+    [B, size, size]; the sum of each row is 1.
   """
   grid = jnp.arange(size)
   centre = start[:, None] + (grid + 0.5) * fraction[:, None] - 0.5

@@ -1,12 +1,37 @@
-"""Makes a student from the teacher's parameters and some images."""
+"""Makes a student from the teacher's variables."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.method.networks import Networks
 from clusterq_jax.ops.moments import batch_statistics
+
+
+def uncalibrated(networks: Networks, teacher: Any) -> dict[str, Any]:
+  """Returns a student with the teacher's params and zeros in `quant`.
+
+  Args:
+    networks: teacher and student.
+    teacher: variables of the teacher.
+
+  Returns:
+    The student, {'params', 'quant'}, with the shapes that `calibrate` returns.
+  """
+  images = (networks.batch_size, *networks.generator.shape)
+  shapes = jax.eval_shape(
+    lambda teacher, x: calibrate(networks, teacher, x),
+    teacher,
+    jax.ShapeDtypeStruct(images, jnp.zeros(()).dtype),
+  )
+  return {
+    'params': jax.tree.map(jnp.asarray, teacher['params']),
+    'quant': jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), shapes['quant']
+    ),
+  }
 
 
 def calibrate(networks: Networks, teacher: Any, x: jax.Array) -> dict[str, Any]:
@@ -18,7 +43,7 @@ def calibrate(networks: Networks, teacher: Any, x: jax.Array) -> dict[str, Any]:
 
   Args:
     networks: teacher and student.
-    teacher: its variables.
+    teacher: variables of the teacher.
     x: normalised images, [B, H, W, C].
 
   Returns:

@@ -1,28 +1,37 @@
 """Class centroids: moving averages of the semantic layers' class moments.
 
-Part of the train state; gradients never flow into them. Source: Gao et al.,
-arXiv 2205.00179, eq. 5, with one departure: raw moments are averaged, not mean
-and standard deviation. With many classes a batch holds about one sample of a
-class, whose standard deviation lacks the variance between samples, so eq. 5
-would average that part away. Raw moments are means over samples: unbiased from
-batches of any size, and they tell the two parts of the variance apart, so that
-n samples are compared with what n samples should show (`expected`).
+Centroids are part of the train state. No gradient flows into them.
 
-What bias remains is small. The variance between samples comes out short by the
-variance of the averaged mean, a share beta / (2 - beta) / n of it: a ninth at
-beta 0.2 and n = 1. And where the variance scatters from sample to sample, the
-mean of its root lies below the root of its mean.
+They follow eq. 5 with one change: they average raw moments instead of means and
+standard deviations. With many classes, a batch has about one sample per class.
+The standard deviation of one sample lacks the variance between samples, so
+eq. 5 would lose it. Averages of raw moments are unbiased for any number of
+samples. They also keep the variance within and between samples apart, so
+`expected` can predict the statistics of n samples.
 
-With K = 1,000 the centroids take, in the state and in every checkpoint, 49 MB
-for ResNet-18 (4,096 channels in 12 semantic layers) and 204 MB for
-EfficientNet-Lite0 (16,992 in 26): 12 bytes per class and channel. A step reads
-and writes the rows of the at most B classes in its batch, in place if the state
-is donated.
+Two small biases remain:
 
-Shapes: B batch, K classes, C_l channels of semantic layer l.
+- The variance between samples is too small by the variance of the averaged
+  mean, a fraction beta / (2 - beta) / n. This is 1/9 for beta = 0.2 and n = 1.
+- If the variance differs from sample to sample, the mean of its square root is
+  smaller than the square root of its mean.
+
+Centroids need 12 bytes per class and channel, in the state and in every
+checkpoint. With K = 1,000 classes these are:
+
+- 49 MB for ResNet-18: 4,096 channels in 12 semantic layers,
+- 204 MB for EfficientNet-Lite0: 16,992 channels in 26 semantic layers.
+
+A step reads and writes the rows of at most B classes. If the state is donated,
+it writes them in place.
+
+Shapes: B samples, K classes, C_l channels of semantic layer l.
+
+References:
+  Gao et al., ClusterQ, arXiv 2205.00179, eq. 5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,12 +43,12 @@ from clusterq_jax.ops.moments import EPSILON, Moments, Statistics
 
 
 class RawMoments(NamedTuple):
-  """Means over the samples of a class, [K, C] each.
+  """Raw moments of each class, averaged over its samples, [K, C] each.
 
   Attributes:
-    mean: of the samples' means over space.
-    square: of the squares of these means.
-    var: of the samples' variances over space.
+    mean: average of the samples' means over pixels.
+    square: average of the squares of these means.
+    var: average of the samples' variances over pixels.
   """
 
   mean: jax.Array
@@ -48,14 +57,24 @@ class RawMoments(NamedTuple):
 
 
 class Centroids(struct.PyTreeNode):
-  """layers: RawMoments [K, C_l] per semantic layer; seen: bool [K]."""
+  """The centroids of all classes in all semantic layers.
+
+  Attributes:
+    layers: raw moments of each semantic layer, [K, C_l].
+    seen: whether the class has had a valid sample, bool [K].
+  """
 
   layers: tuple[RawMoments, ...]
   seen: jax.Array
 
 
 def empty(num_classes: int, channels: Sequence[int]) -> Centroids:
-  """Centroids of no class yet."""
+  """Returns centroids before any class has been seen.
+
+  Args:
+    num_classes: K.
+    channels: C_l of each semantic layer.
+  """
   return Centroids(
     tuple(
       RawMoments(*(jnp.zeros((num_classes, c)) for _ in RawMoments._fields))
@@ -68,18 +87,19 @@ def empty(num_classes: int, channels: Sequence[int]) -> Centroids:
 def expected(
   centroids: Centroids, classes: Classes
 ) -> tuple[tuple[Statistics, ...], jax.Array]:
-  """What the centroids expect of a batch.
+  """Predicts the class statistics of a batch from the centroids.
 
-  The class statistics of n samples hold (n - 1) / n of the variance between
-  samples, on average: none of it for a single one.
+  On average, the statistics of n samples contain (n - 1) / n of the variance
+  between samples. A single sample contains none of it.
 
   Args:
-    centroids: the current ones; no gradient flows into them.
-    classes: of the batch.
+    centroids: current centroids; no gradient flows into them.
+    classes: classes of the batch.
 
   Returns:
-    Statistics [B, C_l] per semantic layer, as `statistics.class_statistics`;
-    and `classes.share`, 0 where the centroids have not seen the class.
+    A pair. First, statistics [B, C_l] of each semantic layer, in the format of
+    `class_statistics.class_statistics`. Second, `classes.share`, with 0 for
+    classes that the centroids have not seen, [B].
   """
   centroids = jax.lax.stop_gradient(centroids)
   between = 1 - 1 / jnp.maximum(classes.size, 1)[:, None]
@@ -99,20 +119,21 @@ def update(
   classes: Classes,
   beta: float | jax.Array,
 ) -> Centroids:
-  """Moves the centroids of the classes with valid samples in a batch (eq. 5).
+  """Moves the centroids of classes with valid samples in a batch (eq. 5).
 
   Args:
-    centroids: the current ones.
-    moments: per-sample moments of the batch, [B, C_l] per semantic layer.
-    classes: of the batch.
-    beta: weight of the new moments; one, or one per sample's class, [B].
+    centroids: current centroids.
+    moments: moments of each sample, [B, C_l] for each semantic layer.
+    classes: classes of the batch.
+    beta: weight of the new moments, [] or [B] for the class of each sample.
 
   Returns:
-    (1 - beta) old + beta new where seen; new where seen for the first time;
-    old elsewhere.
+    The new centroids. Classes seen before become (1 - beta) * old + beta * new.
+    Classes seen for the first time become new. All others stay.
   """
   labels, batch = classes.labels, len(classes.labels)
-  # One sample writes for its class; the row of the others does not exist.
+  # Only the first valid sample of a class writes. The others get a row out of
+  # range, which mode='drop' ignores.
   writes = (classes.share > 0) & (classes.first == jnp.arange(batch))
   rows = jnp.where(writes, labels, len(centroids.seen))
   weight = jnp.where(centroids.seen[labels], beta, 1.0)[:, None]
@@ -131,3 +152,33 @@ def update(
     for layer, sample in zip(centroids.layers, moments, strict=True)
   )
   return Centroids(layers, centroids.seen.at[rows].set(True, mode='drop'))
+
+
+def average(
+  centroids: Centroids,
+  batch: Callable[[jax.Array], tuple[Sequence[Moments], Classes]],
+  keys: jax.Array,
+) -> Centroids:
+  """Averages class moments over several batches.
+
+  Args:
+    centroids: empty centroids.
+    batch: makes a batch from a PRNG key. It returns the moments of each sample,
+      [B, C_l] for each semantic layer, and the classes.
+    keys: PRNG keys, one for each batch.
+
+  Returns:
+    The means over all valid samples of each class.
+  """
+
+  def add_batch(carry, key):
+    centroids, count = carry
+    moments, classes = batch(key)
+    count = count.at[classes.labels].add(classes.share > 0)
+    # With this weight, the moving average is the mean over all samples so far.
+    beta = classes.size / jnp.maximum(count[classes.labels], 1)
+    return (update(centroids, moments, classes, beta), count), None
+
+  count = jnp.zeros((len(centroids.seen),), jnp.int32)
+  (centroids, _), _ = jax.lax.scan(add_batch, (centroids, count), keys)
+  return centroids

@@ -1,15 +1,13 @@
-"""Statistics of BatchNorm inputs: per sample, per batch, per class.
+"""Statistics of BatchNorm inputs for each class of a batch.
 
-Everything derives from the per-sample moments over space, [B, C] each, so that
-batch and class statistics are small algebra and are global under `jit` over a
-sharded batch. Sums are in float32 at least, whatever the compute dtype. Source:
-Gao et al., arXiv 2205.00179, eqs. 4 and 9; the decomposition is the law of
-total variance.
+They follow from the per-sample moments, [B, C] each, by the law of total
+variance. Under `jit` with a sharded batch, they cover the global batch. Their
+cost does not depend on the number of classes; see `Classes`.
 
-The cost of class statistics does not depend on the number of classes: see
-`Classes`.
+Shapes: B samples, C channels, K classes.
 
-Shapes: B batch, H, W space, C channels, K classes.
+References:
+  Gao et al., ClusterQ, arXiv 2205.00179, eq. 4.
 """
 
 from typing import NamedTuple
@@ -21,20 +19,21 @@ from clusterq_jax.ops.moments import EPSILON, Moments, Statistics
 
 
 class Classes(NamedTuple):
-  """The classes of a batch, each seen from every one of its samples.
+  """The classes of a batch, with one row for each sample.
 
-  Arrays [B, ...] instead of [K, ...]: a batch of B samples holds at most B
-  classes, however many there are. A sample is valid if the teacher assigns it
-  to its label; the others are left out of all class statistics. n is the number
-  of valid samples of a sample's class.
+  A batch of B samples has at most B classes. Arrays [B, ...] are therefore
+  enough, and their size does not depend on K. A sample is valid if the teacher
+  predicts its label. Class statistics ignore all other samples. n is the number
+  of valid samples in the class of a sample.
 
   Attributes:
-    labels: int [B].
+    labels: label of each sample, int [B].
     size: n, int [B].
-    together: [B, B]; row i holds 1 / n for the valid samples of i's class.
+    together: weights [B, B]; row i has 1 / n for the valid samples of its
+      class, else 0.
     first: index of the first valid sample of the class, int [B].
-    share: 1 / n for valid samples, else 0, [B]: a sum over samples weighted by
-      it is a sum over the classes present.
+    share: 1 / n for valid samples, else 0, [B]. A sum over samples with these
+      weights is a sum over the classes in the batch.
   """
 
   labels: jax.Array
@@ -48,8 +47,11 @@ def classes_of(labels: jax.Array, logits: jax.Array) -> Classes:
   """Groups a batch by class.
 
   Args:
-    labels: conditioning labels, int [B].
+    labels: labels that the generator was given, int [B].
     logits: teacher logits, [B, K].
+
+  Returns:
+    The classes; no gradient flows into them.
   """
   valid = jnp.argmax(logits, -1) == labels
   same = (labels[:, None] == labels) & valid
@@ -65,9 +67,14 @@ def classes_of(labels: jax.Array, logits: jax.Array) -> Classes:
 
 
 def class_mean(values: jax.Array, classes: Classes) -> jax.Array:
-  """Mean over the valid samples of each sample's class, [B, C] of [B, C].
+  """Averages over the valid samples of each sample's class.
 
-  0 where the class has none.
+  Args:
+    values: [B, C].
+    classes: classes of the batch.
+
+  Returns:
+    [B, C]; 0 for classes without a valid sample.
   """
   # The default precision of accelerators would round the moments.
   return jnp.matmul(
@@ -76,15 +83,15 @@ def class_mean(values: jax.Array, classes: Classes) -> jax.Array:
 
 
 def class_statistics(moments: Moments, classes: Classes) -> Statistics:
-  """Statistics over space and the valid samples of each sample's class.
+  """Computes statistics over the pixels and valid samples of each class.
 
   Args:
-    moments: per-sample moments, [B, C] each.
-    classes: of the batch.
+    moments: moments of each sample, [B, C] each.
+    classes: classes of the batch.
 
   Returns:
-    Statistics [B, C], the same in all rows of a class; (0, sqrt(EPSILON)),
-    without gradient, where the class has no valid sample.
+    Statistics [B, C]. All samples of a class have equal rows. Classes without a
+    valid sample have (0, sqrt(EPSILON)) and no gradient.
   """
   mean = class_mean(moments.mean, classes)
   spread = moments.var + jnp.square(moments.mean - mean)

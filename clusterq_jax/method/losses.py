@@ -1,13 +1,16 @@
-"""The losses of ClusterQ, one function per equation.
+"""The losses of ClusterQ, one function for each equation.
 
-Source: Gao et al., arXiv 2205.00179. Reductions, where the paper leaves them
-open: statistics losses are means over channels and over layers, so that L equal
-layers cost what one does; the class terms are then summed over the classes
-present, as eqs. 4 and 6 have it ('sum'), or averaged over them ('mean').
+The paper leaves some reductions open. Here, statistics losses are means over
+channels and over layers, so the number of layers does not change their scale.
+Class terms are then summed over the classes in the batch ('sum', as in eqs. 4
+and 6) or averaged over them ('mean').
 
-Class terms take one row per sample, not per class (`statistics.Classes`).
+Class terms take one row for each sample; see `class_statistics.Classes`.
 
-Shapes: B batch, K classes, C_l channels of layer l.
+Shapes: B samples, K classes, C_l channels of layer l.
+
+References:
+  Gao et al., ClusterQ, arXiv 2205.00179.
 """
 
 from collections.abc import Sequence
@@ -21,11 +24,14 @@ from clusterq_jax.ops.moments import EPSILON, Statistics
 
 
 def inception_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Mean cross-entropy (eq. 8, and the first term of eq. 12).
+  """Computes the mean cross-entropy (eq. 8, and the first term of eq. 12).
 
   Args:
     logits: [B, K].
     labels: int [B].
+
+  Returns:
+    The loss in nats, [].
   """
   return jnp.mean(
     optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -35,11 +41,17 @@ def inception_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def distillation_loss(
   student_logits: jax.Array, teacher_logits: jax.Array
 ) -> jax.Array:
-  """Mean KL(teacher || student) (eq. 13, in the direction the code base uses).
+  """Computes the mean KL(teacher || student) (eq. 13).
+
+  Eq. 13 writes the student first. Its code has the usual direction, which puts
+  the teacher first, and so does this function.
 
   Args:
     student_logits: [B, K].
     teacher_logits: [B, K].
+
+  Returns:
+    The loss in nats, [].
   """
   teacher = jax.nn.log_softmax(teacher_logits)
   student = jax.nn.log_softmax(student_logits)
@@ -49,14 +61,17 @@ def distillation_loss(
 def features_loss(
   student: Sequence[jax.Array], teacher: Sequence[jax.Array]
 ) -> jax.Array:
-  """Squared error of the student's features, relative to their mean square.
+  """Computes the squared error of features relative to their mean square.
 
-  A mean over layers. Not in the paper: from PLF and others, which find that it
-  pays at few bits.
+  This is not in the paper. PLF and other methods found that such a loss helps
+  at few bits.
 
   Args:
-    student: [B, H_l, W_l, C_l] per layer.
-    teacher: the same shapes.
+    student: features of each layer, [B, H_l, W_l, C_l].
+    teacher: features of each layer, [B, H_l, W_l, C_l].
+
+  Returns:
+    The mean over layers, [].
   """
   errors = [
     jnp.mean(jnp.square(s - t)) / (jnp.mean(jnp.square(t)) + EPSILON)
@@ -66,7 +81,7 @@ def features_loss(
 
 
 def _distance(a: Statistics, b: Statistics) -> jax.Array:
-  """Squared distances of mean and std, averaged over channels: [...]."""
+  """Averages squared distances of mean and std over channels, to [...]."""
   return jnp.mean(
     jnp.square(a.mean - b.mean) + jnp.square(a.std - b.std), axis=-1
   )
@@ -75,14 +90,17 @@ def _distance(a: Statistics, b: Statistics) -> jax.Array:
 def relative(
   statistics: Sequence[Statistics], stored: Sequence[Statistics]
 ) -> list[Statistics]:
-  """Statistics in units of the stored standard deviation of each channel.
+  """Divides statistics by the stored standard deviation of each channel.
 
-  Their distances weigh channels and layers alike, whatever the scale that a
-  BatchNorm undoes. Not in the paper.
+  Distances then do not depend on a channel's scale, which BatchNorm removes
+  anyway. This is not in the paper.
 
   Args:
-    statistics: [..., C_l] per layer.
-    stored: [C_l] per layer.
+    statistics: statistics of each layer, [..., C_l].
+    stored: stored statistics of each layer, [C_l].
+
+  Returns:
+    The relative statistics of each layer, [..., C_l].
   """
   return [
     Statistics(mean / unit, std / unit)
@@ -93,11 +111,14 @@ def relative(
 def statistics_loss(
   batch: Sequence[Statistics], stored: Sequence[Statistics]
 ) -> jax.Array:
-  """Distance of batch from stored BatchNorm statistics (eq. 9).
+  """Computes the distance of batch from stored BatchNorm statistics (eq. 9).
 
   Args:
-    batch: [C_l] per layer.
-    stored: [C_l] per layer.
+    batch: statistics of the batch in each layer, [C_l].
+    stored: stored statistics of each layer, [C_l].
+
+  Returns:
+    The mean over layers, [].
   """
   distances = [_distance(a, b) for a, b in zip(batch, stored, strict=True)]
   return sum(distances, start=jnp.zeros(())) / len(distances)
@@ -106,7 +127,15 @@ def statistics_loss(
 def stored_statistics(
   batch_stats: dict, names: Sequence[str]
 ) -> tuple[Statistics, ...]:
-  """A teacher's stored BatchNorm statistics, [C_l] per named layer."""
+  """Returns a teacher's stored BatchNorm statistics.
+
+  Args:
+    batch_stats: the teacher's collection `batch_stats`.
+    names: names of the layers.
+
+  Returns:
+    Statistics [C_l] in the order of names.
+  """
   return tuple(
     Statistics(
       batch_stats[n]['mean'], jnp.sqrt(batch_stats[n]['var'] + EPSILON)
@@ -121,19 +150,19 @@ def sfda_loss(
   share: jax.Array,
   reduction: str = 'sum',
 ) -> jax.Array:
-  """Semantic feature distribution alignment (eq. 4).
+  """Computes semantic feature distribution alignment, SFDA (eq. 4).
 
   Args:
-    classes: statistics of every sample's class in the batch, [B, C_l] per
-      semantic layer.
-    expected: what the centroids expect of them, [B, C_l] per semantic layer; no
-      gradient flows into it.
-    share: of each sample in its class, adding up to 1 over the samples of a
-      class that counts, and 0 elsewhere, [B].
-    reduction: over classes, 'sum' or 'mean'.
+    classes: statistics of the class of each sample, [B, C_l] for each semantic
+      layer.
+    expected: statistics that the centroids predict, [B, C_l] for each semantic
+      layer; no gradient flows into them.
+    share: weight of each sample, [B]. The weights of a class sum to 1 if the
+      class counts, else they are 0.
+    reduction: reduction over classes, 'sum' or 'mean'.
 
   Returns:
-    A scalar; 0 without gradient when no class counts.
+    The loss, []; 0 without gradient if no class counts.
   """
   expected = jax.lax.stop_gradient(expected)
   distances = [_distance(a, b) for a, b in zip(classes, expected, strict=True)]
@@ -153,20 +182,25 @@ def diversity_loss(
   noise: tuple[float, ...],
   reduction: str = 'sum',
 ) -> jax.Array:
-  """Intra-class variance: alignment with centroids under noise (eq. 6).
+  """Computes the distance to centroids with added noise (eq. 6).
+
+  The noise increases the variance within classes.
 
   Args:
-    key: fresh at every step.
-    classes: as in `sfda_loss`.
-    expected: as in `sfda_loss`.
-    share: as in `sfda_loss`.
-    first: index of a sample of each sample's class, int [B]: whose noise all
-      samples of the class share.
-    noise: (lambda_mu, lambda_sigma), standard deviations of the noise on means
-      and on standard deviations; the latter are clipped at 0 after it.
-    reduction: as in `sfda_loss`.
+    key: PRNG key; a new one for each step.
+    classes: see `sfda_loss`.
+    expected: see `sfda_loss`.
+    share: see `sfda_loss`.
+    first: index of one sample of each sample's class, int [B]. All samples of
+      the class get its noise.
+    noise: (lambda_mu, lambda_sigma), the standard deviations of the noise on
+      means and on standard deviations. Noisy deviations are clipped at 0.
+    reduction: see `sfda_loss`.
+
+  Returns:
+    The loss, [].
   """
-  # One draw for all layers compiles faster than one for each.
+  # One draw for all layers compiles faster than one draw for each layer.
   channels = [mean.shape[-1] for mean, _ in expected]
   draws = jax.random.normal(key, (2, len(first), sum(channels)))
   layers = jnp.split(draws[:, first], np.cumsum(channels)[:-1], axis=-1)

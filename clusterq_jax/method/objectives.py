@@ -1,4 +1,4 @@
-"""The objectives: L1 and L2 of the generator, L3 of the student.
+"""Objectives of the generator (L1, L2), the student (L3) and procedural images.
 
 References:
   Gao et al., ClusterQ, arXiv 2205.00179, eqs. 7, 10 and 11.
@@ -21,14 +21,14 @@ Metrics = dict[str, jax.Array]
 
 
 class Generated(NamedTuple):
-  """A batch of the generator's images and what the networks made of it.
+  """A batch of generator images with the teacher's answers.
 
   Attributes:
-    images: as generated, [B, H, W, C].
-    x: as the teacher saw them, augmented or not.
-    labels: classes that were asked for, int [B].
-    answers: the teacher's to x.
-    moments: of the teacher's BatchNorm inputs, [B, C_l] per layer.
+    images: images before augmentation, [B, H, W, C].
+    x: images that the teacher saw, augmented or not, [B, H, W, C].
+    labels: labels that the generator was given, int [B].
+    answers: the teacher's answers to x.
+    moments: moments of the teacher's BatchNorm inputs, [B, C_l] in each layer.
   """
 
   images: jax.Array
@@ -41,19 +41,22 @@ class Generated(NamedTuple):
 def _comparable(
   weights: Loss, found: Sequence[Statistics], stored: Sequence[Statistics]
 ) -> Sequence[Statistics]:
-  """Returns statistics of the last len(found) layers in the loss's units."""
+  """Converts statistics of the last len(found) layers to the loss's units."""
   if not weights.relative:
     return found
   return losses.relative(found, stored[-len(found) :])
 
 
 def l1(weights: Loss, seen: Generated, stored: Sequence[Statistics]) -> Metrics:
-  """Returns the terms of L1 (eq. 7), and their weighted sum as 'loss'.
+  """Computes the terms of L1 (eq. 7).
 
   Args:
-    weights: of the terms.
-    seen: a batch of the generator's.
-    stored: the teacher's BatchNorm statistics, [C_l] per layer.
+    weights: weights of the terms.
+    seen: a batch of generator images.
+    stored: the teacher's BatchNorm statistics, [C_l] in each layer.
+
+  Returns:
+    The terms, and their weighted sum as 'loss', [] each.
   """
   logits = seen.answers.logits
   batch = [batch_statistics(m) for m in seen.moments]
@@ -77,18 +80,23 @@ def l2(
   first_semantic_layer: int,
   noise_key: jax.Array,
 ) -> tuple[Metrics, centroids_lib.Centroids]:
-  """Returns the terms of L2 (eq. 10), and the centroids moved (eq. 5).
+  """Computes the terms of L2 (eq. 10) and moves the centroids (eq. 5).
 
   Args:
-    config: weights of the terms, and the centroids' decay.
-    seen: a batch of the generator's.
-    stored: the teacher's BatchNorm statistics, [C_l] per layer.
-    centroids: of the semantic layers.
-    first_semantic_layer: index of the first of them.
+    config: configuration with the weights and the decay of centroids.
+    seen: a batch of generator images.
+    stored: the teacher's BatchNorm statistics, [C_l] in each layer.
+    centroids: centroids of the semantic layers.
+    first_semantic_layer: index of the first semantic layer.
     noise_key: PRNG key of the diversity term.
+
+  Returns:
+    A pair. First, the terms, and their weighted sum as 'loss', [] each. Second,
+    the new centroids.
   """
   weights = config.loss
-  # First: the order of the terms is that in which gradients are added up.
+  # L1 comes first: the order of the terms is the order in which JAX adds their
+  # gradients, and another order would change the last bits.
   terms = l1(weights, seen, stored)
   classes = classes_of(seen.labels, seen.answers.logits)
   semantic = seen.moments[first_semantic_layer:]
@@ -114,15 +122,18 @@ def l2(
 def l3(
   weights: Loss, student: Answers, teacher: Answers, labels: jax.Array
 ) -> Metrics:
-  """Returns the terms of L3 (eq. 11), and their weighted sum as 'loss'.
+  """Computes the terms of L3 (eq. 11).
 
-  gamma, the weight of the divergence, is one.
+  The weight of the divergence, gamma in the paper, is 1.
 
   Args:
-    weights: of the terms.
-    student: its answers to B images.
-    teacher: its answers to the same images.
+    weights: weights of the terms.
+    student: the student's answers to B images.
+    teacher: the teacher's answers to the same images.
     labels: int [B].
+
+  Returns:
+    The terms, and their weighted sum as 'loss', [] each.
   """
   entropy = losses.inception_loss(student.logits, labels)
   divergence = losses.distillation_loss(student.logits, teacher.logits)
@@ -138,3 +149,21 @@ def l3(
     terms['features'] = features
     loss += weights.features * features
   return terms | {'loss': loss}
+
+
+def procedural(
+  moments: Sequence[Moments], stored: Sequence[Statistics]
+) -> jax.Array:
+  """Computes eq. 9 for procedural images, in units of stored deviations.
+
+  Args:
+    moments: moments of the teacher's BatchNorm inputs, [B, C_l] in each layer.
+    stored: the teacher's BatchNorm statistics, [C_l] in each layer.
+
+  Returns:
+    The loss, [].
+  """
+  found = [batch_statistics(m) for m in moments]
+  return losses.statistics_loss(
+    losses.relative(found, stored), losses.relative(stored, stored)
+  )

@@ -1,28 +1,28 @@
-"""The optimisers of generator and student, learning rates included."""
+"""Optimisers of the generator and the student, with their learning rates."""
 
 import optax
 
 from clusterq_jax.config.fields import Config
 from clusterq_jax.method import phases
 
-# Adam of a GAN's generator (Radford et al., arXiv 1511.06434).
+# Usual betas of Adam for GAN generators (Radford et al., arXiv 1511.06434).
 _GENERATOR_BETAS = (0.5, 0.999)
 # The paper's SGD (arXiv 2205.00179, section IV-A), with Nesterov momentum.
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
-# The paper's decay: by a factor after so many steps of the run.
+# The paper multiplies learning rates by the factor at these steps of the run.
 _BOUNDARIES, _FACTOR = (20_000, 40_000, 60_000), 0.1
 
 
 def _learning_rate(
   base: float, decay: str, updates: int, first: int
 ) -> optax.Schedule:
-  """Returns the learning rate by number of updates.
+  """Returns the learning rate as a function of the number of updates.
 
   Args:
-    base: the rate of the first update.
-    decay: 'cosine' over all updates, or the paper's 'step'.
-    updates: how many there will be.
-    first: step of the run with the first update.
+    base: learning rate before any decay.
+    decay: 'cosine' over all updates, or 'step' as in the paper.
+    updates: number of updates in the run.
+    first: number of steps of the run before the first update.
   """
   if decay == 'cosine':
     return optax.cosine_decay_schedule(base, max(updates, 1))
@@ -33,7 +33,7 @@ def _learning_rate(
 
 
 def for_generator(config: Config) -> optax.GradientTransformation:
-  """Returns Adam for the generator's parameters."""
+  """Returns the optimiser of the generator's parameters, Adam."""
   s = config.schedule
   updates = s.warmup_steps + s.generator_steps + s.joint_steps
   rate = _learning_rate(config.generator.lr, s.lr_decay, updates, first=0)
@@ -43,7 +43,16 @@ def for_generator(config: Config) -> optax.GradientTransformation:
 
 
 def for_student(config: Config) -> optax.GradientTransformation:
-  """Returns the optimiser of {'params', 'quant'}, each with its own rate."""
+  """Returns the optimiser of the student.
+
+  The parameters and the steps of quantizers have separate learning rates.
+
+  Args:
+    config: configuration with the schedule and the learning rates.
+
+  Returns:
+    The optimiser of trees {'params', 'quant'} or {'params'}.
+  """
   s, student = config.schedule, config.student
   updates, first = s.joint_steps + s.student_steps, phases.student_start(s)
 
@@ -57,7 +66,8 @@ def for_student(config: Config) -> optax.GradientTransformation:
         rules.insert(0, optax.add_decayed_weights(_WEIGHT_DECAY))
     return optax.chain(*rules, optax.scale_by_learning_rate(rate))
 
-  # A quantizer's step has no size that it should shrink to: no decay there.
+  # Weight decay would pull the logarithms of steps to 0, so steps of quantizers
+  # are not decayed.
   parts = {
     'params': part(student.lr, decayed=True),
     'quant': part(student.quant_lr, decayed=False),

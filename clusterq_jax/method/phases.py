@@ -1,22 +1,22 @@
-"""The phases of a run, in order, and what happens when each begins."""
+"""The phases of a run, and what happens when each of them begins."""
 
 from typing import NamedTuple
 
 from clusterq_jax.config.fields import Schedule
 
-# Signed-gradient steps that each procedural image takes.
+# Signed-gradient steps of each procedural image.
 PROCEDURAL_STEPS = 10
 
 
 class Phase(NamedTuple):
-  """A stretch of steps of one kind.
+  """Consecutive steps of one kind.
 
   Attributes:
-    name: for users.
-    start: number of steps before it.
-    length: number of its steps.
-    step: name of the method of `Steps` that is one step.
-    on_enter: names of the methods of `Session` that run before its first step.
+    name: name that users see.
+    start: number of steps before the phase.
+    length: number of steps in the phase.
+    step: name of the method of `Steps` that makes one step.
+    on_enter: names of the methods of `Session` that run before the phase.
   """
 
   name: str
@@ -27,15 +27,16 @@ class Phase(NamedTuple):
 
   @property
   def end(self) -> int:
-    """Number of steps after its last one."""
+    """Returns the number of steps of the run when the phase ends."""
     return self.start + self.length
 
 
 def phases(schedule: Schedule) -> tuple[Phase, ...]:
-  """Returns the phases that have steps."""
+  """Returns the phases that have steps, in order."""
   found: list[Phase] = []
   start = 0
-  # Centroids need a warmed-up generator, the student needs images.
+  # Each transition runs once, before the first phase in its list. Centroids
+  # need a warmed-up generator, and the student needs calibration images.
   waiting = {
     'initialize_centroids': ('generator', 'procedural', 'joint', 'student'),
     'calibrate_student': ('joint', 'student'),
@@ -67,7 +68,7 @@ def total_steps(schedule: Schedule) -> int:
 
 
 def student_start(schedule: Schedule) -> int:
-  """Returns the number of steps before the student's first one."""
+  """Returns the number of steps before the student's first update."""
   return next(
     phase.start
     for phase in phases(schedule)

@@ -1,21 +1,23 @@
 """The steps of the method, as pure functions of the train state.
 
-    warmup_step      generator, L1 (eq. 7)
-    generator_step   generator, L2 (eq. 10)
-    procedural_step  pixels of procedural images
-    joint_step       generator, L2, and student, L3 (eq. 11), on the same images
-    student_step     student, L3, on images of the pool
+    step              updates                            loss
+    warmup_step       generator                          L1 (eq. 7)
+    generator_step    generator                          L2 (eq. 10)
+    procedural_step   pixels of procedural images        eq. 9
+    joint_step        generator; student on its images   L2; L3 (eq. 11)
+    student_step      student on images of the pool      L3
 
-and the two transitions between phases, `initialize_centroids` and
-`calibrate_student`. All are methods of `Steps`, which holds what is static;
-arrays come in as arguments.
+Two transitions run between phases: `initialize_centroids` and
+`calibrate_student`. All are methods of `Steps`, whose attributes are static.
+Arrays are arguments.
 
 References:
-  Gao et al., ClusterQ, arXiv 2205.00179. The student-only phase is this
-  project's: as in IntraQ and HAST, the student learns from a fixed set.
+  Gao et al., ClusterQ, arXiv 2205.00179. The phase of `student_step` is not in
+  the paper. As in IntraQ and HAST, the student learns from a fixed set.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,27 +42,28 @@ from clusterq_jax.method.networks import Answers, Networks
 from clusterq_jax.method.objectives import Generated, Metrics
 from clusterq_jax.method.pool import PoolLayout
 from clusterq_jax.method.state import TrainState
-from clusterq_jax.ops.moments import Statistics, batch_statistics
+from clusterq_jax.ops.moments import Statistics
 
 StepResult = tuple[TrainState, Metrics]
-_RANGE_DECAY = 0.9  # EMA of activation ranges, per student step
-_RANGE_STEPS = 800  # student steps in which activation ranges adapt (minmax)
-_CALIBRATION_BATCHES = 4
-_PIXEL_STEP = 0.03  # of a procedural image, in normalised pixel units
+_RANGE_DECAY = 0.9  # decay of the moving average of ranges, per student step
+_RANGE_STEPS = 800  # student steps in which ranges that are not learned adapt
+_CALIBRATION_BATCHES = 4  # maximum number of procedural batches to calibrate on
+_PIXEL_STEP = 0.03  # size of a procedural step, in normalised pixel units
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """What the steps need to know; see the module docstring for the steps.
+  """The steps of a run, with everything that stays fixed during the run.
 
   Attributes:
     networks: teacher, student and generator.
-    config: sections with the method's numbers.
-    pool: where which images of the pool are.
+    config: resolved configuration.
+    pool: layout of the pool.
     first_semantic_layer: index of the first BatchNorm with class terms.
-    generator_optimizer: learning rate included.
-    student_optimizer: learning rates included.
-    range_steps: student steps in which activation ranges adapt (minmax).
+    generator_optimizer: optimiser of the generator's parameters.
+    student_optimizer: optimiser of the student.
+    range_steps: number of student steps in which activation ranges that are not
+      learned adapt.
   """
 
   networks: Networks
@@ -73,28 +76,18 @@ class Steps:
 
   @property
   def _semantic(self) -> slice:
+    """Returns the slice of BatchNorms with class terms."""
     return slice(self.first_semantic_layer, None)
 
   # ------------------------------------------------------------ the state
 
   def init(self, key: jax.Array, teacher: Any) -> TrainState:
-    """Returns the state before the first step; the student is the teacher."""
+    """Returns the state before the first step, with an uncalibrated student."""
     networks = self.networks
     z = jnp.zeros((1, networks.generator.latent_dim))
     labels = jnp.zeros((1,), int)
     generator = networks.generator.init(key, z, labels)['params']
-    images = (networks.batch_size, *networks.generator.shape)
-    shapes = jax.eval_shape(
-      lambda teacher, x: calibration.calibrate(networks, teacher, x),
-      teacher,
-      jax.ShapeDtypeStruct(images, jnp.zeros(()).dtype),
-    )
-    student = {
-      'params': jax.tree.map(jnp.asarray, teacher['params']),
-      'quant': jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), shapes['quant']
-      ),
-    }
+    student = calibration.uncalibrated(networks, teacher)
     names = networks.graph.batch_norms[self._semantic]
     channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
     return TrainState(
@@ -117,48 +110,35 @@ class Steps:
     )
 
   def _trained(self, student: Any) -> Any:
-    """Returns the part of the student that its optimiser moves."""
+    """Returns the part of the student that its optimiser updates."""
     learned = self.networks.plan.learned
     return student if learned else {'params': student['params']}
-
-  def _finish(self, state: TrainState, metrics: Metrics) -> StepResult:
-    """Counts the step, and notes it if something is no longer finite."""
-    terms = [v for k, v in metrics.items() if k.endswith('/loss')]
-    # Parameters too: a diverged update shows in the loss only a step later, and
-    # a checkpoint could lie between.
-    norms = [optax.tree.norm(state.generator), optax.tree.norm(state.student)]
-    bad = (state.bad_step < 0) & ~jnp.isfinite(sum(terms + norms))
-    bad_step = jnp.where(bad, state.step, state.bad_step)
-    return state.replace(step=state.step + 1, bad_step=bad_step), metrics
 
   # ---------------------------------------------------------- transitions
 
   def initialize_centroids(
     self, state: TrainState, teacher: Any, keys: jax.Array
   ) -> TrainState:
-    """Averages class moments over len(keys) batches of the generator."""
+    """Averages class moments over generator images.
 
-    def add_batch(carry, key):
-      centroids, count = carry
+    Args:
+      state: train state with empty centroids.
+      teacher: variables of the teacher.
+      keys: PRNG keys, one for each batch of images.
+    """
+
+    def batch(key):
       x, labels = self.networks.generate(state.generator, key)
       answers, moments = self.networks.teach(teacher, x)
-      classes = classes_of(labels, answers.logits)
-      count = count.at[labels].add(classes.share > 0)
-      # With this weight the moving average is the mean over all images so far.
-      beta = classes.size / jnp.maximum(count[labels], 1)
-      centroids = centroids_lib.update(
-        centroids, moments[self._semantic], classes, beta
-      )
-      return (centroids, count), None
+      return moments[self._semantic], classes_of(labels, answers.logits)
 
-    count = jnp.zeros((self.networks.num_classes,), jnp.int32)
-    (centroids, _), _ = jax.lax.scan(add_batch, (state.centroids, count), keys)
+    centroids = centroids_lib.average(state.centroids, batch, keys)
     return state.replace(centroids=centroids)
 
   def calibrate_student(
     self, state: TrainState, teacher: Any, key: jax.Array
   ) -> TrainState:
-    """Makes the student from procedural images, else from generated ones."""
+    """Makes the student from procedural images, or generated ones if none."""
     if self.pool.procedural:
       assert state.pool is not None
       x = self.pool.first_procedural(state.pool, _CALIBRATION_BATCHES)
@@ -172,24 +152,41 @@ class Steps:
   def _see(
     self, params: Any, teacher: Any, image_key, augment_key=None
   ) -> Generated:
-    """Generates a batch and shows it to the teacher; augments with a key."""
+    """Generates images and runs the teacher on them.
+
+    Args:
+      params: parameters of the generator.
+      teacher: variables of the teacher.
+      image_key: PRNG key of the images.
+      augment_key: PRNG key of the augmentation; None leaves it out.
+    """
     images, labels = self.networks.generate(params, image_key)
     x = images if augment_key is None else self._augment(augment_key, images)
     answers, moments = self.networks.teach(teacher, x)
     return Generated(images, x, labels, answers, moments)
 
   def _augment(self, key: jax.Array, x: jax.Array) -> jax.Array:
+    """Augments images with the configured probability."""
     a = self.config.augment
     return augment.random_resized_crop_and_flip(key, x, a.probability, a.flip)
 
   def _stored(self, teacher: Any) -> tuple[Statistics, ...]:
+    """Returns the teacher's BatchNorm statistics, [C_l] in each layer."""
     names = self.networks.graph.batch_norms
     return losses.stored_statistics(teacher['batch_stats'], names)
 
   def _move_generator(
     self, state: TrainState, loss: Callable[[Any], tuple[jax.Array, Any]]
   ) -> tuple[TrainState, Any]:
-    """Makes one update of the generator; returns what the loss adds to it."""
+    """Updates the generator once.
+
+    Args:
+      state: train state.
+      loss: maps the generator's parameters to the loss and other values.
+
+    Returns:
+      The new state and the other values.
+    """
     grads, more = jax.grad(loss, has_aux=True)(state.generator)
     updates, opt = self.generator_optimizer.update(
       grads, state.generator_opt, state.generator
@@ -200,7 +197,7 @@ class Steps:
   def _move_by_l2(
     self, state: TrainState, teacher: Any, key: jax.Array, augmented: bool
   ) -> tuple[TrainState, Metrics, Generated]:
-    """Makes one update on L2; the pool remembers the images."""
+    """Updates the generator once on L2 and stores its images in the pool."""
     image_key, augment_key, noise_key = jax.random.split(key, 3)
 
     def loss(params):
@@ -233,14 +230,14 @@ class Steps:
     labels: jax.Array,
     answers: Answers,
   ) -> StepResult:
-    """Makes one update of the student on L3 (eq. 11).
+    """Updates the student once on L3 (eq. 11).
 
     Args:
-      state: the train state.
-      teacher: its variables.
+      state: train state.
+      teacher: variables of the teacher.
       x: normalised images, [B, H, W, C].
       labels: int [B].
-      answers: the teacher's to x.
+      answers: the teacher's answers to x.
     """
     networks = self.networks
     layers = fake_quant.layer_set(
@@ -267,7 +264,7 @@ class Steps:
     return state, _named('student', terms)
 
   def _adapt_ranges(self, quant: Any, seen: Any, step: jax.Array) -> Any:
-    """Moves activation ranges towards the batch's (minmax ranges)."""
+    """Moves activation ranges that are not learned towards the batch's."""
     end = phases.student_start(self.config.schedule) + self.range_steps
     weight = jnp.where(step < end, 1 - _RANGE_DECAY, 0.0)
     return jax.tree.map(
@@ -277,21 +274,17 @@ class Steps:
   def _harden(
     self, key: jax.Array, state: TrainState, teacher: Any, x: jax.Array
   ) -> jax.Array:
-    """Moves every other image to where student and teacher differ more."""
-
-    def divergence(x):
-      student = self.networks.student_logits(state.student, teacher, x)
-      return losses.distillation_loss(
-        student, self.networks.teacher_logits(teacher, x)
-      )
-
+    """Moves every other image to increase the KL of student and teacher."""
+    divergence = functools.partial(
+      self.networks.divergence, state.student, teacher
+    )
     largest = self.config.augment.adversarial
     return augment.adversarial(key, x, largest, divergence)
 
   # ------------------------------------------------------------ the steps
   #
-  # Each takes (state, teacher, key), with the key of the run, and returns the
-  # new state and the step's metrics.
+  # Each step takes (state, teacher, key) and returns the new state and metrics.
+  # The key is the same for the whole run. Each step folds its number into it.
 
   def warmup_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Updates the generator on L1 (eq. 7)."""
@@ -304,22 +297,23 @@ class Steps:
       return terms['loss'], terms
 
     state, terms = self._move_generator(state, loss)
-    return self._finish(state, _named('generator', terms))
+    metrics = _named('generator', terms)
+    return state.count_step(metrics), metrics
 
   def generator_step(self, state: TrainState, teacher: Any, key: jax.Array):
-    """Updates the generator on L2 (eq. 10); its images go to the pool."""
+    """Updates the generator on L2 (eq. 10) and puts its images in the pool."""
     key = jax.random.fold_in(key, state.step)
     state, metrics, _ = self._move_by_l2(state, teacher, key, augmented=False)
-    return self._finish(state, metrics)
+    return state.count_step(metrics), metrics
 
   def procedural_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Moves a batch of procedural images towards the stored statistics.
 
-    The batches take turns; each gets `phases.PROCEDURAL_STEPS` steps. The loss
-    is eq. 9 in units of the stored deviations.
+    The batches take turns, and each gets `phases.PROCEDURAL_STEPS` steps. The
+    first step of a batch draws its images.
 
     References:
-      Cai et al., ZeroQ, arXiv 2001.00281, starts from noise.
+      Cai et al., ZeroQ, arXiv 2001.00281, which starts from noise.
     """
     pool, layout = state.pool, self.pool
     assert pool is not None
@@ -340,17 +334,16 @@ class Steps:
 
     def loss_fn(x):
       _, moments = self.networks.teach(teacher, x)
-      found = [batch_statistics(m) for m in moments]
-      return losses.statistics_loss(
-        losses.relative(found, stored), losses.relative(stored, stored)
-      )
+      return objectives.procedural(moments, stored)
 
     x = sharding.split_batch(self.networks.mesh, x)
     loss, gradient = jax.value_and_grad(loss_fn)(x)
-    # The pool holds whole pixels: only steps of one size outlast the rounding.
+    # The pool rounds to uint8, which would undo small steps. So all steps have
+    # the same size.
     pixels = prep.to_pixels(x - _PIXEL_STEP * jnp.sign(gradient))
     pool = jax.lax.dynamic_update_slice_in_dim(pool, pixels, start, 0)
-    return self._finish(state.replace(pool=pool), {'procedural/loss': loss})
+    metrics = {'procedural/loss': loss}
+    return state.replace(pool=pool).count_step(metrics), metrics
 
   def joint_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Updates generator (L2) and student (L3) on the same images."""
@@ -359,12 +352,13 @@ class Steps:
     state, more = self._move_student(
       state, teacher, seen.x, seen.labels, seen.answers
     )
-    return self._finish(state, {**metrics, **more})
+    metrics |= more
+    return state.count_step(metrics), metrics
 
   def student_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Updates the student (L3) on images drawn from the pool.
 
-    The label of a pool image is the teacher's answer.
+    The label of an image is the class that the teacher predicts.
     """
     key = jax.random.fold_in(key, state.step)
     draw_key, augment_key, mix_key, size_key = jax.random.split(key, 4)
@@ -381,8 +375,9 @@ class Steps:
     answers = self.networks.teacher_answers(teacher, x)
     labels = jnp.argmax(answers.logits, -1)
     state, metrics = self._move_student(state, teacher, x, labels, answers)
-    return self._finish(state, metrics)
+    return state.count_step(metrics), metrics
 
 
 def _named(owner: str, terms: Metrics) -> Metrics:
+  """Puts the owner of the terms before their names."""
   return {f'{owner}/{name}': value for name, value in terms.items()}
