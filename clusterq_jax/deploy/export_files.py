@@ -1,10 +1,10 @@
-"""Writes the folder of files that are deployed.
+"""Writes the deployable files of a student into one folder.
 
 integer.onnx       the integer network, for ONNX Runtime and OpenVINO
-float32.onnx       the teacher, to compare with
+float32.onnx       the teacher, for comparison
 integer.stablehlo  the integer network, for `jax.export.deserialize`
-student.stablehlo  the fake-quantized student, for the same
-selftest.py        compares a target machine with selftest.npz
+student.stablehlo  the fake-quantized student, for `jax.export.deserialize`
+selftest.py        checks that a target machine reproduces selftest.npz
 selftest.npz       synthetic images and the integer network's logits
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.export  # not loaded by jax itself
+import jax.export  # `import jax` does not load it
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,17 +36,17 @@ def write(
   images: np.ndarray,
   facts: Mapping[str, Any],
 ) -> dict[str, int]:
-  """Writes the files; a folder that is there is replaced once all are whole.
+  """Writes the files and replaces an existing folder once all are complete.
 
   Args:
-    target: the folder.
-    student: of `integer` placement.
-    teacher: of the student.
-    images: of the self-test, uint8 [N, H, W, C].
-    facts: stored as JSON in the metadata of the ONNX files.
+    target: folder to make or to replace.
+    student: student with `integer` placement.
+    teacher: teacher of the student.
+    images: images of the self-test, uint8 [N, H, W, C].
+    facts: values to store as JSON in the metadata of the ONNX files.
 
   Returns:
-    Bytes by file name.
+    Size of each file in bytes, by name.
 
   Raises:
     InputError: the student has `paper` placement.
@@ -90,7 +90,12 @@ def write(
 def _stablehlo(
   logits: Callable[[jax.Array], jax.Array], shape: tuple[int, int, int]
 ) -> bytes:
-  """Serializes a program on uint8 [N, H, W, C], N free, weights included."""
+  """Serializes a program and its weights for images of any number N.
+
+  Args:
+    logits: function from uint8 [N, H, W, C] to logits [N, K].
+    shape: (H, W, C).
+  """
   (batch,) = jax.export.symbolic_shape('N')
   images = jax.ShapeDtypeStruct((batch, *shape), jnp.uint8)
   exported = jax.export.export(jax.jit(logits), platforms=_PLATFORMS)(images)

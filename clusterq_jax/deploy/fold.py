@@ -1,4 +1,4 @@
-"""Folds a student into an integer network, with NumPy, once."""
+"""Folds a student into an integer network; runs once, in NumPy."""
 
 from typing import Any, NamedTuple
 
@@ -17,24 +17,25 @@ from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import quantizers
 from clusterq_jax.quant.plan import Plan
 
-# float32 adds up integers below this exactly, in any order.
+# float32 adds integers exactly, in any order, if all sums are below this.
 _EXACT = 2**24
-# A bias has 32 bits. A dead BatchNorm gain would ask for more.
+# Biases have 32 bits. The bias of a channel with a BatchNorm gain near zero
+# would exceed them.
 _BIAS_LIMIT = 2**30
-# CPUs without VNNI add two products in 16 bits.
+# CPUs without VNNI add pairs of products in saturating 16-bit integers.
 _PAIR_LIMIT = 2**15 - 1
 
 
 def fold(
   graph: Graph, plan: Plan, student: Any, preprocessing: Preprocessing
 ) -> IntegerNetwork:
-  """Returns the integer network of a student.
+  """Folds a student into its integer network.
 
   Args:
-    graph: the wiring.
-    plan: the student's quantizers, of placement 'integer'.
-    student: {'params', 'batch_stats', 'quant'}.
-    preprocessing: the student's.
+    graph: graph of the architecture.
+    plan: quantizers of the student, with 'integer' placement.
+    student: variables {'params', 'batch_stats', 'quant'}.
+    preprocessing: preprocessing of the student.
   """
   layers: dict[str, Layer] = {}
   for node in graph.nodes:
@@ -72,26 +73,28 @@ def _layer(
   if node.op == 'avg_pool':
     multiplier = np.asarray(sources[0].step * window_share(node) / grid.step)
     return Layer(node, sources, grid, multiplier=multiplier)
-  return Layer(node, sources, grid)  # a global pool's depends on the image
+  # The multiplier of a global pool depends on the size of the image.
+  return Layer(node, sources, grid)
 
 
 def round_biases(network: IntegerNetwork, student: Any) -> dict[str, Any]:
   """Returns the student's params with the integer network's rounded biases.
 
-  With these biases, and kernels on their grid (`quantizers.settle`), the
+  With these biases and kernels on their grid (`quantizers.settle`), the
   fake-quantized and the integer network differ only by float rounding. The
-  integer network itself stays the same.
+  integer network does not change.
 
   Args:
-    network: from `fold`.
-    student: what was folded, {'params', 'batch_stats', 'quant'}.
+    network: result of `fold`.
+    student: the folded variables {'params', 'batch_stats', 'quant'}.
   """
   params = dict(student['params'])
   for name, layer in network.layers.items():
     if layer.weights is not None:
       unit = np.float64(layer.sources[0].step) * layer.weights.step
       exact = fold_batch_norm(student, layer.node).bias
-      # A BatchNorm's bias is one part of the convolution's.
+      # With BatchNorm, params['bias'] is only one term of the folded bias, so
+      # it takes the rounding error of the sum.
       bias = np.asarray(params[name]['bias'], np.float64)
       bias = bias + (layer.weights.bias * unit - exact)
       params[name] = {**params[name], 'bias': bias.astype(np.float32)}
@@ -112,7 +115,7 @@ def _grid(node: Node, plan: Plan, student: Any) -> Grid:
 
 
 def _input_table(grid: Grid, preprocessing: Preprocessing) -> np.ndarray:
-  """Returns the codes of the 256 values of a pixel, uint8 [C, 256]."""
+  """Returns the code of each pixel value 0 to 255, uint8 [C, 256]."""
   gain, offset = normalization(preprocessing)
   x = np.arange(256, dtype=np.float32) * gain[:, None] + offset[:, None]
   codes = np.rint(x / grid.step) + grid.zero
@@ -129,11 +132,11 @@ def normalization(
 
 
 def _add_table(a: Grid, b: Grid, out: Grid) -> np.ndarray:
-  """Returns the code of the sum by the codes of both operands, [256, 256].
+  """Returns the output code for each pair of operand codes, uint8 [256, 256].
 
-  ONNX Runtime computes two fused multiply-adds, the second operand first.
-  Products and sums are exact in float64, and one rounding to float32 after each
-  makes them fused.
+  ONNX Runtime computes two fused multiply-adds, the second operand first. The
+  products and sums are exact in float64. One rounding to float32 after each sum
+  gives the result of a fused multiply-add.
   """
   ratio_a, ratio_b = a.step / out.step, b.step / out.step
   zeros = ratio_a * np.float32(a.zero) + ratio_b * np.float32(b.zero)
@@ -144,11 +147,11 @@ def _add_table(a: Grid, b: Grid, out: Grid) -> np.ndarray:
 
 
 class Affine(NamedTuple):
-  """A layer with weights as kernel * x * gain + bias.
+  """Affine map of a layer with weights: kernel * x * gain + bias.
 
   Attributes:
     kernel: float32 [..., O].
-    gain: float64 [O]; one without BatchNorm.
+    gain: float64 [O]; ones without BatchNorm.
     bias: float64 [O].
   """
 
@@ -158,11 +161,11 @@ class Affine(NamedTuple):
 
 
 def fold_batch_norm(variables: Any, node: Node) -> Affine:
-  """Returns what a layer with weights computes, BatchNorm folded in.
+  """Folds the BatchNorm of a layer, if it has one, into an affine map.
 
   Args:
     variables: {'params', 'batch_stats'}.
-    node: the layer.
+    node: layer with weights.
   """
   params = variables['params'][node.name]
   kernel = np.asarray(params['kernel'])
@@ -184,12 +187,12 @@ def _weights(node: Node, source: Grid, plan: Plan, student: Any) -> Weights:
   grid = quantizers.weight_grid(plan, node.name, kernel, own)
   step, high = np.asarray(grid.step), int(grid.high)
   codes = np.clip(np.rint(kernel / step), grid.low, high)
-  # A bias is a multiple of step * (step of the input), which at few bits is
-  # coarse. Larger codes of a smaller step make it finer.
+  # Biases are multiples of (weight step) * (input step), a coarse unit at few
+  # bits. Larger weight codes with a smaller step make the unit finer.
   factor = min(127 // high, _PAIR_LIMIT // (2 * source.high * high))
   factor = max(factor, 1)
   worth = step * np.abs(gain)
-  # A gain near zero takes a coarser step, so that the bias fits.
+  # A channel with a gain near zero takes a coarser step, so its bias fits.
   least = np.abs(bias) * factor / (source.step * _BIAS_LIMIT)
   floor = np.maximum(least, 1e-12)
   codes = np.where(worth < floor, np.rint(codes * worth / floor), codes)

@@ -1,15 +1,18 @@
-"""The integer network: what an integer runtime executes, bit for bit, in JAX.
+"""Runs the integer network in JAX, bit for bit like an integer runtime.
 
-`fold.fold` makes it from a student, with NumPy. `IntegerNetwork.logits` runs it
-under `jit`. Both follow the network's graph.
+`fold.fold` makes the network from a student, with NumPy.
+`IntegerNetwork.logits` runs it under `jit`. Both follow the graph of the
+architecture.
 
-The arithmetic is that of ONNX Runtime's quantized operators on x86. A
-convolution or classifier accumulates (code - zero) * weight code and the bias
-in 32-bit integers. It rescales the sum once, by one float32 multiplier per
-channel, and rounds to even. An average does the same. An add is one fused
-multiply-add per operand, here a table over pairs of codes. BatchNorm is folded
-into the scale of the weights and into the bias. Only the sign of its gain
-reaches the weight codes.
+The arithmetic equals ONNX Runtime's quantized operators on x86:
+
+- A convolution or classifier accumulates (code - zero) * weight code and the
+  bias in 32-bit integers. It rescales the sum once, by one float32 multiplier
+  per channel, and rounds half to even. Average pools do the same.
+- An add is one fused multiply-add per operand, here a table over pairs of
+  codes.
+- BatchNorm is folded into the steps of the weights and into the bias. Only the
+  sign of its gain changes the weight codes.
 """
 
 import dataclasses
@@ -29,11 +32,11 @@ from clusterq_jax.ops import convolution
 
 
 class Grid(NamedTuple):
-  """How unsigned 8-bit codes stand for real numbers.
+  """Grid of a tensor's unsigned 8-bit codes: real = step * (code - zero).
 
   Attributes:
-    step: real = step * (code - zero).
-    zero: the code of zero: 0, or 128 for signed tensors.
+    step: distance between neighbouring real values.
+    zero: code of the real value 0; 128 for signed tensors, else 0.
     low: smallest code.
     high: largest code.
   """
@@ -45,17 +48,17 @@ class Grid(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """Integer weights, BatchNorm folded in.
+  """Integer weights with BatchNorm folded in.
 
-  With the source's step s, real weight = step * codes and real bias =
+  The real weight is step * codes. With an input of step s, the real bias is
   s * step * bias.
 
   Attributes:
     codes: int8 [..., O].
     bias: int32 [O].
     step: float32 [O].
-    factor: the codes are this many times those of the student's bit width.
-    wide: whether sums could leave the integers that float32 holds exactly.
+    factor: ratio of `codes` to the codes at the student's bit width.
+    wide: whether sums can exceed the integers that float32 represents exactly.
   """
 
   codes: np.ndarray
@@ -69,17 +72,18 @@ class Weights(NamedTuple):
 class Layer:
   """One layer of an integer network.
 
-  The output code is `table` at the input codes, or
-  clip(round(sums * multiplier) + grid.zero, grid.low, grid.high). The
-  classifier's sums * multiplier are the logits.
+  Inputs and adds look up their output codes in `table`. Other layers compute
+  clip(round(sums * multiplier) + grid.zero, grid.low, grid.high). The logits
+  are the classifier's sums * multiplier.
 
   Attributes:
-    node: its place in the graph.
-    sources: grids of its inputs.
-    grid: of its output; None for logits.
-    weights: of a convolution or classifier.
-    multiplier: float32 [O] with weights, [] of an average pool, else one.
-    table: uint8; input: [C, 256], pixel to code; add: [256, 256].
+    node: node of the graph.
+    sources: grids of the inputs.
+    grid: grid of the output; None for logits.
+    weights: weights of a convolution or classifier, else None.
+    multiplier: float32; [O] with weights, [] for an average pool, else 1.
+    table: output codes, uint8. The input layer has [C, 256], by channel and
+      pixel value. An add has [256, 256], by the codes of both operands.
   """
 
   node: Node
@@ -92,12 +96,12 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class IntegerNetwork:
-  """An integer network.
+  """Integer network, ready to run.
 
   Attributes:
-    graph: the wiring.
-    layers: by name, in forward order.
-    preprocessing: of the input.
+    graph: graph of the architecture.
+    layers: layers by name, in forward order.
+    preprocessing: preprocessing of the input.
   """
 
   graph: Graph
@@ -132,15 +136,19 @@ def weighted_sums(
   x: jax.Array,
   product: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-  """Returns exact int32 sums of products of centred codes and the bias.
+  """Returns the exact sums of a layer: products of codes, plus the bias.
 
-  float32 computes them: it holds them exactly and is fast everywhere. Where it
-  might not hold them, the codes go in as two halves of four bits.
+  The products run in float32, which is fast on all platforms and exact for
+  small integers. If the sums could become too large, two products run, on the
+  high and the low four bits of the input codes.
 
   Args:
-    layer: with weights.
-    x: codes of its input.
-    product: multiplies centred codes and weight codes, both float32.
+    layer: layer with weights.
+    x: input codes, uint8 [B, ..., I].
+    product: multiplies centred input codes by weight codes, both float32.
+
+  Returns:
+    int32 [B, ..., O].
   """
   weights = layer.weights
   assert weights is not None
@@ -200,7 +208,7 @@ def _pad_shortcut(layer: Layer, x: jax.Array) -> jax.Array:
 
 def _max_pool(layer: Layer, x: jax.Array) -> jax.Array:
   node = layer.node
-  # uint8 has no minus infinity: padding takes the smallest code.
+  # The initial value pads the window: code 0 is the smallest.
   return lax.reduce_window(
     x,
     np.uint8(0),
@@ -233,7 +241,7 @@ def _global_avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
   assert grid is not None
   pixels = np.float32(x.shape[1] * x.shape[2])
   sums = jnp.sum(x.astype(jnp.int32) - source.zero, (1, 2))
-  # In this order, as ONNX Runtime rounds it.
+  # ONNX Runtime rounds in this order.
   multiplier = source.step / (grid.step * pixels)
   return _to_grid(grid, sums.astype(jnp.float32) * multiplier)
 

@@ -1,17 +1,14 @@
-"""Writes a network as an ONNX graph, from the architecture's own wiring.
+"""Builds the ONNX models of a network from the graph of its architecture.
 
-    integer_model   for runtimes that execute integers; the tensors are `fold`'s
-    float_model     its float32 twin, of the teacher
+The integer model is in QDQ format, opset 21. Every tensor is uint8 between
+QuantizeLinear and DequantizeLinear. A Clip on integers narrows tensors of fewer
+than 8 bits. Weights of up to 4 bits are stored as INT4. An average pool over
+windows is a depthwise convolution with ones, because ONNX Runtime's
+QLinearAveragePool adds floats. ONNX Runtime fuses the nodes into QLinearConv,
+QLinearAdd, QLinearGlobalAveragePool and QGemm.
 
-The integer file is QDQ, opset 21: every tensor is uint8 between a
-QuantizeLinear and its DequantizeLinears; an integer Clip narrows it where it
-has fewer than 8 bits; weights of up to 4 bits are stored as INT4. ONNX Runtime
-turns it into QLinearConv, QLinearAdd, QLinearGlobalAveragePool and QGemm. The
-average of windows is a depthwise convolution with ones: QLinearAveragePool adds
-floats.
-
-Both models take `images` uint8 [N, H, W, C], RGB, and give `logits` float32
-[N, K]: the input's normalisation is inside.
+Both models map `images`, uint8 [N, H, W, C] in RGB, to `logits`, float32
+[N, K]. They contain the normalisation of the input.
 """
 
 from collections.abc import Mapping
@@ -34,11 +31,11 @@ _INT4_HIGH = 7
 def integer_model(
   network: integer.IntegerNetwork, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
-  """Writes the integer network, which gives the logits of `network.logits`.
+  """Builds the model that gives the same logits as `network.logits`.
 
   Args:
-    network: from `fold.fold`.
-    metadata: stored in the file.
+    network: result of `fold.fold`.
+    metadata: strings to store in the file.
   """
   return _Integer(network).model(metadata)
 
@@ -49,22 +46,22 @@ def float_model(
   preprocessing: Preprocessing,
   metadata: Mapping[str, str],
 ) -> onnx.ModelProto:
-  """The float network, BatchNorm folded into the weights.
+  """Builds the float32 model, with BatchNorm folded into the weights.
 
   Args:
-    graph: the wiring.
+    graph: graph of the architecture.
     variables: {'params', 'batch_stats'}.
-    preprocessing: what the weights expect.
-    metadata: stored in the file.
+    preprocessing: preprocessing that the weights expect.
+    metadata: strings to store in the file.
   """
   return _Float(graph, variables, preprocessing).model(metadata)
 
 
 class _Emitter:
-  """Walks a graph; a tensor is called as the layer that made it.
+  """Emitter of ONNX nodes for the layers of a graph.
 
-  What differs between float and integer networks is how a layer reads an
-  input, what its weights are, and how it writes its output.
+  The output tensor of a layer has the layer's name. Subclasses define how a
+  layer reads an input, what its weights are, and how it writes its output.
   """
 
   graph: Graph
@@ -75,22 +72,23 @@ class _Emitter:
     self.constants: list[onnx.TensorProto] = []
 
   def read(self, node: Node, i: int = 0, tensor: str | None = None) -> str:
-    """Input i of a layer as real numbers; `tensor` holds it, if moved."""
+    """Returns input i as real numbers; `tensor` replaces it, if reshaped."""
     raise NotImplementedError
 
   def weights(self, node: Node) -> list[str]:
-    """Weights [O, I, H, W] or [O, I] and bias [O], as real numbers."""
+    """Returns the names of weights, [O, I, H, W] or [O, I], and bias, [O]."""
     raise NotImplementedError
 
   def write(self, node: Node, real: str) -> None:
-    """A layer's output, activation included, from real numbers."""
+    """Writes the output of a layer, with its activation, from `real`."""
     raise NotImplementedError
 
   def zero(self, node: Node) -> np.generic:
-    """Zero, as the tensor that a layer writes has it."""
+    """Returns the value that stands for 0 in the output of a layer."""
     raise NotImplementedError
 
   def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """Emits every layer and returns the checked model."""
     for node in self.graph.nodes:
       getattr(self, f'_{node.op}')(node)
     shape: list[str | int | None] = ['N', *self.preprocessing.shape]
@@ -111,11 +109,12 @@ class _Emitter:
     return model
 
   def constant(self, name: str, array) -> str:
+    """Adds a constant tensor and returns its name."""
     self.constants.append(numpy_helper.from_array(np.asarray(array), name))
     return name
 
   def _shared(self, value) -> str:
-    """A constant by its value: one for all who need it."""
+    """Returns the name of a constant; equal values share one constant."""
     array = np.asarray(value)
     name = f'{array.dtype}/{array}'
     if all(constant.name != name for constant in self.constants):
@@ -123,6 +122,7 @@ class _Emitter:
     return name
 
   def node(self, op: str, inputs: list[str], output: str, **attributes) -> str:
+    """Adds a node and returns the name of its output."""
     self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
     return output
 
@@ -171,7 +171,7 @@ class _Emitter:
     )
 
   def _pad_shortcut(self, node: Node) -> None:
-    """On the tensor as it is: codes stay codes."""
+    """Slices and pads the input itself: codes remain codes."""
     name, strides = node.name, node.strides
     ends = {'starts': [0, 0], 'ends': [2**31 - 1] * 2, 'axes': [2, 3]}
     ends['steps'] = [strides, strides]
@@ -188,7 +188,7 @@ class _Emitter:
     self.node('Pad', inputs, name)
 
   def _max_pool(self, node: Node) -> None:
-    """Likewise."""
+    """Pools the input itself: codes remain codes."""
     self.node(
       'MaxPool',
       [node.inputs[0]],
@@ -258,7 +258,7 @@ class _Integer(_Emitter):
     )
 
   def write(self, node, real):
-    # An activation is where the grid ends.
+    # The ends of the grid clip like the activation, so it needs no node.
     name, grid = node.name, self.layers[node.name].grid
     assert grid is not None
     ends = [grid.low, grid.high]
@@ -279,7 +279,7 @@ class _Integer(_Emitter):
       self._weight_codes(name, layer.weights),
       self.constant(f'{name}/w/step', step),
     ]
-    if node.op == 'dense':  # ONNX Runtime's QGemm asks for it
+    if node.op == 'dense':  # ONNX Runtime's QGemm requires a zero point
       weight.append(
         self.constant(f'{name}/w/zero', np.zeros(len(step), np.int8))
       )
@@ -293,9 +293,10 @@ class _Integer(_Emitter):
     ]
 
   def _weight_codes(self, name: str, weights: integer.Weights) -> str:
-    """Small codes as INT4 times a factor: folded when the file is loaded.
+    """Stores small codes as INT4 and returns the name of the int8 codes.
 
-    INT4 straight into DequantizeLinear would run in float.
+    The runtime multiplies them by `weights.factor` once, when it loads the
+    file. A DequantizeLinear directly on INT4 would run in float.
     """
     stored = f'{name}/w'
     codes = _transposed(weights.codes)
@@ -343,5 +344,5 @@ def _padding(node: Node) -> dict[str, Any]:
 
 
 def _transposed(kernel: np.ndarray) -> np.ndarray:
-  """HWIO to OIHW, or IO to OI."""
+  """Transposes a kernel from HWIO to OIHW, or from IO to OI."""
   return kernel.transpose((3, 2, 0, 1) if kernel.ndim == 4 else (1, 0))

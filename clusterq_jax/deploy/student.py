@@ -1,8 +1,7 @@
-"""A finished student on disk: one safetensors file, and its loading.
+"""Saves and loads a finished student as one safetensors file.
 
-The file holds everything that inference needs (parameters, BatchNorm
-statistics, quantizer steps; architecture, bits and preprocessing in
-the header), not the teacher, the generator or the optimisers.
+The tensors are parameters, BatchNorm statistics and quantizer steps. The header
+holds architecture, bit widths and preprocessing. Inference needs nothing else.
 """
 
 import dataclasses
@@ -44,15 +43,15 @@ FORMAT = 'clusterq-jax student 1'
 )
 @dataclasses.dataclass(frozen=True)
 class Student:
-  """A quantized network, ready for inference; a pytree of its variables.
+  """Quantized network, ready for inference; a pytree of its variables.
 
   Attributes:
     variables: {'params', 'batch_stats', 'quant'}.
-    preprocessing: applied by `logits`.
+    preprocessing: preprocessing that `logits` applies.
     bits: bit widths and placement.
     class_names: K names, or ().
-    graph: the architecture's wiring.
-    plan: its quantizers.
+    graph: graph of the architecture.
+    plan: quantizers of the network.
   """
 
   variables: dict[str, Any]
@@ -65,16 +64,20 @@ class Student:
 
   @precision.in_float32
   def logits(self, images: Any) -> jax.Array:
-    """uint8 images [B, H, W, C], RGB, to logits [B, K].
+    """Computes the logits of images.
 
-    Takes an array, or what `numpy.asarray` makes one of: a list of images.
+    Every batch size B compiles once. Inside your own `jit`, pass the student as
+    an argument of the function. Otherwise the weights become constants of the
+    program, and an ImageNet network takes minutes to compile.
 
-    Compiled for every B. In a `jit` of your own, let the student be an argument
-    of the function: else its weights are constants of the program, and an
-    ImageNet network takes minutes to compile.
+    Args:
+      images: uint8 [B, H, W, C] in RGB, as an array or a list of images.
+
+    Returns:
+      float32 logits [B, K].
 
     Raises:
-      ValueError: another shape or dtype.
+      ValueError: the images have another shape or dtype.
     """
     expected = (
       f'expected uint8 [B, {", ".join(map(str, self.preprocessing.shape))}]'
@@ -94,16 +97,17 @@ class Student:
 
   @precision.in_float32
   def integer(self) -> integer.IntegerNetwork:
-    """The network that an integer runtime executes.
+    """Returns the network that an integer runtime executes.
 
     Raises:
-      InputError: the placement leaves tensors in float.
+      InputError: the student has `paper` placement, which leaves residual adds
+        in float.
     """
     if self.bits.placement != 'integer':
       raise InputError(
         f'the student has config.quant.placement={self.bits.placement!r}, '
         "which leaves residual adds in float; expected 'integer': quantize "
-        'again with --config.quant.placement=integer, in another workdir'
+        'again with --config.quant.placement=integer in another workdir'
       )
     return fold.fold(self.graph, self.plan, self.variables, self.preprocessing)
 
@@ -124,7 +128,18 @@ def save(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...],
 ) -> None:
-  """Writes a student; see `Student` for the arguments."""
+  """Writes a student to a safetensors file.
+
+  Args:
+    path: file to write or to replace.
+    variables: {'params', 'batch_stats', 'quant'}.
+    arch: name of the architecture.
+    options: arguments of the architecture's builder.
+    bits: bit widths and placement.
+    learned: whether the quantizer ranges are learned.
+    preprocessing: preprocessing of the network.
+    class_names: K names, or ().
+  """
   metadata = {
     'format': FORMAT,
     'arch': arch,
@@ -143,14 +158,14 @@ def save(
 def load(path: str | pathlib.Path) -> Student:
   """Loads a finished student.
 
-  JAX does not survive a fork: load the student in the process that uses it, and
-  start other processes with multiprocessing's 'spawn' method.
+  JAX does not work after a fork. Load the student in the process that uses it,
+  and start other processes with multiprocessing's 'spawn' method.
 
   Args:
-    path: a workdir, or the file in it.
+    path: a workdir or its file student.safetensors.
 
   Raises:
-    InputError: there is none, or the file is something else.
+    InputError: there is no student, or the file is damaged or of another kind.
   """
   path = pathlib.Path(path)
   file = path / FILE if path.is_dir() else path
@@ -159,7 +174,7 @@ def load(path: str | pathlib.Path) -> Student:
   tensors, metadata = weights_lib.read_tensors(file)
   if metadata.get('format') != FORMAT:
     raise InputError(
-      f'{file}: format {metadata.get("format")!r}; expected {FORMAT!r}'
+      f'{file}: found format {metadata.get("format")!r}, expected {FORMAT!r}'
     )
   try:
     student = _make(tensors, metadata)
@@ -194,11 +209,11 @@ def _make(
   variables = weights_lib.unflatten(tensors)
   for name, output in plan.outputs:
     if output.zero_point:
-      middle = 2 ** (output.bits - 1)  # of files from before zero points
+      middle = 2 ** (output.bits - 1)  # for files older than zero points
       zero = variables['quant'][name].setdefault('zero_point', middle)
       if not 0 <= zero < 2**output.bits or zero != np.rint(zero):
         raise InputError(
-          f'quant.{name}.zero_point={zero}; expected a whole number from 0 to '
+          f'quant.{name}.zero_point={zero}; expected an integer from 0 to '
           f'{2**output.bits - 1}'
         )
   return Student(

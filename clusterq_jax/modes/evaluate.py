@@ -1,4 +1,4 @@
-"""--mode=evaluate: accuracy on labelled images."""
+"""--mode=evaluate: measures accuracy on labelled images."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ from clusterq_jax.runtime import workdir as workdir_lib
 @precision.in_float32
 @bucket.on_copy
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-  """Evaluates a finished run on the images that `config.eval` names.
+  """Evaluates a finished run on the images that `config.eval` describes.
 
   Args:
-    config: the run's.
-    workdir: of the run.
+    config: config of the run; `config.eval.network` chooses what to measure.
+    workdir: folder of the run.
 
   Returns:
-    results.json, of which only the evaluation's own keys have changed.
+    The content of results.json after the new measurements are merged.
 
   Raises:
-    InputError: no finished student in the workdir, or unfit images.
+    InputError: the workdir holds no finished student, or the images do not fit.
   """
   resolved = config_lib.resolve(config)
   teacher = session_lib.load_teacher(resolved)
   images = session_lib.load_images(resolved, teacher)
   if images is None:
     raise InputError(
-      "config.eval.source='none': nothing to evaluate on; expected "
-      'fashion_mnist, or npz, folder or tfds and config.eval.path=PATH'
+      "config.eval.source='none': found no images; expected fashion_mnist, or "
+      'npz, folder or tfds with config.eval.path=PATH'
     )
   networks: dict[str, evaluation.Predict] = {}
   if resolved.eval.network != 'teacher':

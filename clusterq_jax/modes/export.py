@@ -1,4 +1,4 @@
-"""--mode=export: the deployable files of a finished run."""
+"""--mode=export: writes the deployable files of a finished run."""
 
 import dataclasses
 import pathlib
@@ -27,22 +27,26 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Writes the deployable files of a finished run into a new folder.
 
   Args:
-    config: the run's; `config.export.folder` is where, '' for WORKDIR/export.
-    workdir: of the run.
+    config: config of the run. `config.export.folder` names the new folder; ''
+      means WORKDIR/export.
+    workdir: folder of the run.
 
   Returns:
-    results.json, with `export`: the folder, and bytes by file.
+    The content of results.json. Its `export` holds the folder and the size of
+    each file in bytes.
 
   Raises:
-    InputError: no finished run, `paper` placement, or the folder exists.
+    InputError: the workdir holds no finished student, the student has `paper`
+      placement, or the folder exists.
   """
   resolved = config_lib.resolve(config)
   student = student_lib.load(workdir)
-  student.integer()  # refuses `paper` placement before anything else
+  student.integer()  # refuses `paper` placement before any other work
   target = workdir_lib.export_folder(resolved, workdir)
   if target.exists():
     raise InputError(
-      f'{target} exists; remove it, or set config.export.folder to a new one'
+      f'{target} exists, expected a new folder: remove it or set '
+      'config.export.folder'
     )
   teacher = session_lib.load_teacher(resolved)
   with workdir_lib.open_workdir(resolved, workdir) as run:
@@ -57,14 +61,17 @@ def write(
   run: pathlib.Path,
   target: pathlib.Path,
 ) -> dict[str, Any]:
-  """Writes the files of a run; returns their part of results.json.
+  """Writes the deployable files of a student.
 
   Args:
-    config: of the run.
-    student: of the run, `integer` placement.
-    teacher: of the run.
-    run: the workdir, which holds the samples.
-    target: the folder that is made or replaced.
+    config: resolved config of the run.
+    student: student of the run, with `integer` placement.
+    teacher: teacher of the run.
+    run: folder of the run, which holds samples.npz.
+    target: folder to make or to replace.
+
+  Returns:
+    The entry `export` for results.json.
   """
   images = data.read_npz(str(run / samples.ARRAYS)).images[:_SELFTEST_IMAGES]
   facts = {

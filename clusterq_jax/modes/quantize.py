@@ -1,4 +1,4 @@
-"""--mode=quantize: a run from config to results."""
+"""--mode=quantize: runs from a config to a student and its results."""
 
 import dataclasses
 import pathlib
@@ -32,21 +32,23 @@ from clusterq_jax.runtime.session import Session
 @precision.in_float32
 @bucket.on_copy
 def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-  """Quantizes a teacher without data; resumes what the workdir holds.
+  """Quantizes a teacher without data, or resumes an unfinished run.
+
+  In a distributed run, every process has to call this. Only the lead evaluates,
+  writes files and returns results; the others return {}.
 
   Args:
-    config: from `default_config()`, changed.
-    workdir: folder of the run, made when missing; or gs://BUCKET/PATH.
+    config: a changed `default_config()`.
+    workdir: folder of the run or gs://BUCKET/PATH; it is made if missing.
 
   Returns:
-    What results.json holds: accuracies and agreements in percent, `wall_s` and
-    `compile_s` in seconds, `peak_rss_mb` in MB. With several processes, all
-    have to call this; only the first writes, evaluates and returns something.
+    The content of results.json: accuracies and agreements in percent, `wall_s`
+    and `compile_s` in seconds, `peak_rss_mb` in MB, and more.
 
   Raises:
-    InputError: bad config, weights, images or workdir; or a loss that is no
-      longer finite.
-    Preempted: SIGTERM came; the state is saved.
+    InputError: the config, the weights, the images or the workdir cannot be
+      used, or the loss is no longer finite.
+    Preempted: the process received SIGTERM and saved its state.
   """
   began = time.monotonic()
   resolved = config_lib.resolve(config)
@@ -64,14 +66,24 @@ def _quantize(
   folder: pathlib.Path,
   began: float,
 ) -> dict[str, Any]:
-  """Runs a session; began: when it started, on the monotonic clock."""
+  """Trains, saves and measures the student of a session.
+
+  Args:
+    session: session of the run.
+    images: labelled images; None skips the accuracy.
+    folder: the locked workdir.
+    began: start of the process's work, by `time.monotonic`, in seconds.
+
+  Returns:
+    The content of results.json.
+  """
   checkpoints = checkpoint.Checkpoints(bucket.address(folder / 'checkpoints'))
   restored = checkpoints.restore(session.abstract_state(), say=print)
   state, wall_before = restored or (_first_state(session), 0.0)
 
   def save(step: int, state: TrainState) -> None:
-    # The losses first: a run that resumes needs those before the checkpoint,
-    # and drops later ones.
+    # metrics.jsonl goes first: a resumed run needs every line up to the
+    # checkpoint and drops later lines.
     bucket.upload(folder)
     checkpoints.save(step, state, wall_before + time.monotonic() - began)
 
@@ -119,6 +131,7 @@ def _first_state(session: Session) -> TrainState:
 def _save_student(
   session: Session, state: TrainState, path: pathlib.Path
 ) -> None:
+  """Writes student.safetensors."""
   batch_stats = session.variables['batch_stats']
   student_lib.save(
     path,
@@ -133,7 +146,7 @@ def _save_student(
 
 
 def _facts(session: Session, on_synthetic: dict[str, Any]) -> dict[str, Any]:
-  """Returns the part of results.json that needs no real image."""
+  """Returns the results that need no real images."""
   params, plan = session.variables['params'], session.steps.networks.plan
   return {
     'synthetic': on_synthetic,

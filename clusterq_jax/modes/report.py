@@ -1,4 +1,4 @@
-"""Writes one HTML page about a run, and its scalars for TensorBoard."""
+"""--mode=report: writes an HTML page about a run and TensorBoard events."""
 
 import importlib.util
 import pathlib

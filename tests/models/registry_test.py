@@ -236,7 +236,7 @@ def test_zero_point_of_a_student(file, tmp_path, found, loaded):
     with pytest.raises(InputError) as caught:
       student.load(path)
     assert str(caught.value) == (
-      f'{path}: quant.first.zero_point={float(found)}; expected a whole number '
+      f'{path}: quant.first.zero_point={float(found)}; expected an integer '
       'from 0 to 15'
     )
   else:
