@@ -347,7 +347,8 @@ class Config:
 def _documented(section: Any) -> dict[str, str]:
   """Returns the attributes of a section's docstring, by name."""
   _, _, listed = (inspect.getdoc(section) or '').partition('Attributes:\n')
-  found, name = {}, ''
+  found: dict[str, str] = {}
+  name = ''
   for line in listed.splitlines():
     if line.startswith('    '):  # continues the attribute before it
       found[name] += f' {line.strip()}'
