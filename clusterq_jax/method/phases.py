@@ -1,4 +1,4 @@
-"""The phases of a run, and what happens when each of them begins."""
+"""The phases of a run, and the transitions before them."""
 
 from typing import NamedTuple
 

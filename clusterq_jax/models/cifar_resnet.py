@@ -1,8 +1,8 @@
 """ResNet for small images (He et al. 2015, section 4.2): 6n + 2 layers.
 
 Shortcuts that change the shape are parameter-free (subsample, pad channels) or
-a convolution with BatchNorm. The architecture has no usual preprocessing,
-because its published weights differ in what they expect.
+a convolution with BatchNorm. The architecture has no default preprocessing,
+because published weights expect different inputs.
 """
 
 import jax

@@ -21,7 +21,7 @@ class Node:
     op: factory that made it, as a field name of `LayerSet`.
     inputs: names of the layers whose outputs it reads.
     act: activation applied to its output.
-    features: channels of its output; None if they are those of its input.
+    features: channels of its output; None if its input has as many.
     kernel: side of a convolution's or pool's window in pixels.
     strides: step of a convolution, pool or shortcut in pixels.
     padding: padding of a convolution or pool, as in `LayerSet`.

@@ -77,7 +77,7 @@ _ARCHITECTURES = {
     )
     for depth in resnet.BLOCKS
   },
-  # pytorchcv's name for what torchvision calls resnet50.
+  # torchvision calls this network resnet50.
   'resnet50b': Architecture(
     'resnet',
     functools.partial(resnet.ResNet, depth=50),

@@ -307,7 +307,7 @@ def _row_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _column_gradient(side: int, x: jax.Array, g: jax.Array) -> jax.Array:
-  """Computes what `_row_gradient` does, with one product for all taps."""
+  """Computes the result of `_row_gradient` with one product for all taps."""
   edge = side - 1 - side // 2
   height, width = x.shape[1:3]
   g = jnp.pad(g, ((0, 0), (edge, edge), (edge, edge), (0, 0)))

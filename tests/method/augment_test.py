@@ -1,4 +1,4 @@
-"""What augmentation may and may not do to images."""
+"""Augmentation: crop and flip, and mixup."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def _images():
 
 
 def _keys(probability=0.5):
-  """One key that leaves the batch alone and one that does not."""
+  """Returns a key that does not augment the batch, and one that does."""
   found = {}
   for seed in range(50):
     key = jax.random.key(seed)
@@ -49,7 +49,7 @@ def test_about_half_of_the_batches_are_augmented():
 
 
 def test_flip_is_exact(monkeypatch):
-  # The whole image is the crop: what remains is to mirror or not to.
+  # Each crop is the whole image, so only the mirroring remains.
   monkeypatch.setattr(augment, '_SCALE', (1.0, 1.0))
   monkeypatch.setattr(augment, '_LOG_ASPECT', 0.0)
   x = _images()
@@ -72,17 +72,17 @@ def test_constant_images_stay_as_they_are():
 
 
 def test_crops_lie_within_the_image_and_keep_most_of_it():
-  """A ramp's pixels give away where each crop lies, and how wide it is."""
+  """The pixels of a ramp show the position and the size of each crop."""
   ramp = np.broadcast_to(np.arange(32.0)[:, None], (32, 32))
   x = np.stack([ramp, ramp.T], -1)[None].repeat(64, 0).astype(np.float32)
   y = np.asarray(_run(jax.random.key(1), x, 1.0, False))
   assert y.min() >= 0
   assert y.max() <= 31
-  # Away from the clipped border, pixels are `fraction` apart.
+  # Away from the clipped border, pixels are `fraction` apart in value.
   rows = np.diff(y[:, 8:24, 16, 0], axis=1)
   columns = np.diff(y[:, 16, 8:24, 1], axis=1)
   area = rows.mean(1) * columns.mean(1)
-  assert area.min() > 0.7  # 0.8, less what the cap on a side of 1 takes away
+  assert area.min() > 0.7  # 0.8, reduced where a side is limited to 1
   assert area.max() <= 1.0 + 1e-5
   assert np.ptp(area) > 0.1
   np.testing.assert_allclose(
@@ -92,7 +92,7 @@ def test_crops_lie_within_the_image_and_keep_most_of_it():
 
 @pytest.mark.parametrize('flip', [False, True])
 def test_gradient_is_the_transpose(flip):
-  """Linear in the images: <A x, g> = <x, A^T g>, and A^T comes from `grad`."""
+  """Augmentation is linear, so <A x, g> = <x, A^T g> with A^T from `vjp`."""
   _, key = _keys()
   x, g = _images(), np.random.RandomState(1).randn(*_SHAPE).astype(np.float32)
 
@@ -106,7 +106,8 @@ def test_gradient_is_the_transpose(flip):
 
 
 def test_mixup_blends_some_images_with_another_of_the_batch():
-  x = np.eye(64, dtype=np.float32).reshape(64, 8, 8, 1)  # each its own pixel
+  # Each image has one pixel of its own that is not 0.
+  x = np.eye(64, dtype=np.float32).reshape(64, 8, 8, 1)
   y = np.asarray(augment.mixup(jax.random.key(0), x, 0.5)).reshape(64, 64)
   own, other = np.diag(y), np.diag(y[:, ::-1])
   np.testing.assert_allclose(own + other, 1, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The moving average of class moments (eq. 5); what it expects of a batch."""
+"""Moving averages of class moments (eq. 5), and the statistics they predict."""
 
 import functools
 
@@ -15,7 +15,7 @@ from clusterq_jax.ops.moments import Moments, sample_moments
 _CHANNELS = (3, 2)
 _SEEN = np.array([True, True, False, False])
 _LABELS = np.array([2, 0, 1, 0, 0])
-# Of class 1 no sample is valid, and of class 0 not the last.
+# Class 1 has no valid sample. The last sample of class 0 is not valid.
 _VALID = np.array([True, True, False, True, False])
 _MEMBERS = {0: [1, 3], 2: [0]}
 
@@ -38,7 +38,7 @@ def _moments(seed, channels=_CHANNELS, batch=5):
 
 
 def _raw(moments, members):
-  """Means over some samples, [C] each."""
+  """Averages raw moments over some samples, to [C] each."""
   mean, var = moments.mean[members], moments.var[members]
   return RawMoments(mean.mean(0), np.square(mean).mean(0), var.mean(0))
 
@@ -60,7 +60,7 @@ def test_empty():
   np.testing.assert_array_equal(none.seen, np.zeros(4, bool))
 
 
-# --- The average -------------------------------------------------------------
+# --- Moving averages ---------------------------------------------------------
 
 
 def test_update():
@@ -71,7 +71,7 @@ def test_update():
     for j, (before, after) in enumerate(
       zip(old.layers[i], moved.layers[i], strict=True)
     ):
-      # Seen before and now; before only; now only; never.
+      # Class 0 was seen before and now, 1 before, 2 now, and 3 never.
       np.testing.assert_allclose(
         after[0], 0.8 * before[0] + 0.2 * new[0][j], rtol=1e-5
       )
@@ -104,7 +104,7 @@ def test_repeated_updates_are_an_exponential_average():
         np.testing.assert_allclose(array[c], expected, rtol=1e-5)
 
 
-def test_samples_without_a_vote_change_nothing():
+def test_invalid_samples_change_nothing():
   classes, moments = _classes(valid=_VALID), _moments(1)
   other = jax.tree.map(
     lambda a: np.where(_VALID[:, None], a, 1000 * a + 7), moments
@@ -114,6 +114,34 @@ def test_samples_without_a_vote_change_nothing():
   jax.tree.map(np.testing.assert_array_equal, a, b)
   c = centroids.update(_old(), moments, _classes(valid=False), 0.2)
   jax.tree.map(np.testing.assert_array_equal, c, _old())
+
+
+def test_average_of_batches_is_the_mean_over_valid_samples():
+  valid = np.random.RandomState(9).rand(3, 5) < 0.7
+  labels = np.random.RandomState(7).randint(0, 4, (3, 5))
+  batches = [_moments(seed) for seed in (1, 2, 3)]
+  stacked = jax.tree.map(lambda *a: jnp.stack(a), *batches)
+
+  def batch(i):
+    logits = jax.nn.one_hot(jnp.where(valid, labels, labels + 1), 5)[i]
+    moments = jax.tree.map(lambda a: a[i], stacked)
+    return moments, classes_of(jnp.asarray(labels)[i], logits)
+
+  empty = centroids.empty(4, _CHANNELS)
+  found = centroids.average(empty, batch, jnp.arange(3))
+  members = [
+    np.flatnonzero(valid.ravel() & (labels.ravel() == c)) for c in range(4)
+  ]
+  np.testing.assert_array_equal(found.seen, [len(m) > 0 for m in members])
+  assert max(map(len, members)) > 2
+  for i, layer in enumerate(found.layers):
+    mean, var = (
+      np.concatenate(a) for a in zip(*(b[i] for b in batches), strict=True)
+    )
+    for c in np.flatnonzero(found.seen):
+      expected = _raw(Moments(mean, var), members[c])
+      for array, wanted in zip(layer, expected, strict=True):
+        np.testing.assert_allclose(array[c], wanted, rtol=1e-5)
 
 
 def test_no_gradient():
@@ -150,14 +178,14 @@ def test_classes_differ():
   np.testing.assert_allclose(var, np.zeros((2, 3)), atol=1e-5)
 
 
-# --- What it expects of a batch ----------------------------------------------
+# --- Predicted statistics ----------------------------------------------------
 
 _SAMPLES = 240
 
 
 @pytest.fixture(scope='module')
 def many():
-  """Moments of many samples of a class, most of its variance between them."""
+  """Draws moments of a class with most of its variance between samples."""
   random = np.random.RandomState(0)
   mean = 2 + 3 * random.randn(_SAMPLES, 50)
   var = 0.5 + random.rand(_SAMPLES, 50)
@@ -166,14 +194,14 @@ def many():
 
 @pytest.fixture(scope='module')
 def centroid(many):
-  """Of one class, from all of them at once."""
+  """Returns the centroid of one class from all samples at once."""
   one = _classes(np.zeros(_SAMPLES, int), num_classes=1)
   return centroids.update(centroids.empty(1, (50,)), (many,), one, 1.0)
 
 
 @pytest.mark.parametrize('count', [1, 4, _SAMPLES])
 def test_batches_of_any_size_are_compared_without_bias(many, centroid, count):
-  # As many classes with the same centroid as there are batches of `count`.
+  # Each group of `count` samples is a class, and all classes share a centroid.
   groups = _SAMPLES // count
   classes = _classes(np.arange(_SAMPLES) // count, num_classes=groups)
   copies = jax.tree.map(lambda a: jnp.repeat(a, groups, 0), centroid)
@@ -215,7 +243,7 @@ def test_only_classes_that_both_sides_have_seen_count():
 
 
 def _class_part(state, moments, labels, logits, key):
-  """What a step does with class statistics, after the teacher has answered."""
+  """Computes the class terms of a step, their gradient and new centroids."""
   classes = classes_of(labels, logits)
 
   def loss(moments):
@@ -245,7 +273,8 @@ def _memory(num_classes):
 
 def test_memory_of_a_step_does_not_grow_with_the_classes():
   few, many = _memory(8), _memory(1000)
-  logits = 4 * 4 * 1000  # which argmax may copy
+  logits = 4 * 4 * 1000  # bytes of the logits, which argmax may copy
   assert many.temp_size_in_bytes < few.temp_size_in_bytes + 2 * logits
-  assert many.temp_size_in_bytes < 4 * 1000 * 64  # one array of a layer
-  assert many.alias_size_in_bytes >= 3 * 4 * 1000 * 96  # updated in place
+  assert many.temp_size_in_bytes < 4 * 1000 * 64  # bytes of one moment
+  # Donated centroids are updated in place.
+  assert many.alias_size_in_bytes >= 3 * 4 * 1000 * 96

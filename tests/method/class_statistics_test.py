@@ -1,4 +1,4 @@
-"""Class statistics against those of the whole feature maps of each class."""
+"""Compares class statistics with the whole feature maps of each class."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from clusterq_jax.ops.moments import EPSILON, sample_moments
 
 _CLASSES = 5
 _LABELS = np.array([0, 1, 1, 3, 1, 0, 4])
-# The teacher's opinion: sample 4 (of class 1) and 3 (all of class 3) are wrong.
+# The teacher misclassifies sample 4 of class 1, and 3, the only one of class 3.
 _PREDICTED = np.array([0, 1, 1, 2, 0, 0, 4])
 _LOGITS = np.eye(_CLASSES)[_PREDICTED].astype(np.float32)
 
 
 @pytest.fixture
 def maps():
-  """Feature maps [B, H, W, C] whose samples and channels differ."""
+  """Returns feature maps [B, H, W, C] with different samples and channels."""
   random = np.random.RandomState(0)
   h = random.randn(7, 3, 5, 4) * random.rand(7, 1, 1, 4)
   return (h + 2 * random.randn(7, 1, 1, 4)).astype(np.float32)
@@ -29,7 +29,7 @@ def _of_classes(h, labels=_LABELS, logits=_LOGITS):
 
 
 def _numpy_statistics(h):
-  """Over all samples and pixels of h [B, H, W, C], in float64."""
+  """Computes mean and std over samples and pixels of h [B, H, W, C]."""
   pixels = h.astype(np.float64).reshape(-1, h.shape[-1])
   return pixels.mean(0), np.sqrt(pixels.var(0) + EPSILON)
 
@@ -38,7 +38,7 @@ def test_classes_equal_whole_maps_of_their_valid_samples(maps):
   found = _of_classes(maps)
   assert found.mean.shape == found.std.shape == (7, 4)
   members = {0: [0, 5], 1: [1, 2], 4: [6]}
-  for i in (0, 1, 2, 4, 5, 6):  # 4 itself does not count, its class does
+  for i in (0, 1, 2, 4, 5, 6):  # sample 4 is not valid, but its class is
     mean, std = _numpy_statistics(maps[members[_LABELS[i]]])
     np.testing.assert_allclose(found.mean[i], mean, atol=1e-5)
     np.testing.assert_allclose(found.std[i], std, atol=1e-5)
@@ -81,7 +81,7 @@ def test_absent_classes(maps):
   np.testing.assert_allclose(found.std[3], 1e-3, rtol=1e-5)
   gradient = np.asarray(jax.grad(_sum_of_classes)(maps))
   assert np.all(np.isfinite(gradient))
-  # Misclassified samples move nothing, all others do.
+  # Misclassified samples have no gradient. All others have one.
   np.testing.assert_array_equal(gradient[[3, 4]], np.zeros((2, 3, 5, 4)))
   moved = np.abs(gradient).max((1, 2, 3))
   assert np.all(moved[[0, 1, 2, 5, 6]] > 0.1)

@@ -1,4 +1,4 @@
-"""What the generator promises about its images."""
+"""Images and gradients of the generator."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from clusterq_jax.method.generator import Generator, upsample_conv
 
 _BATCH, _CLASSES, _LATENT = 6, 4, 8
-# What costs time here is compiling.
+# Compilation takes most of the time here.
 _jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
@@ -28,10 +28,11 @@ def _noise(seed=0):
 
 @functools.cache
 def _made(shape, conditional=False, prototypes=0):
-  """Variables, and the compiled generator."""
+  """Returns random variables and the compiled generator."""
   generator = _generator(shape, conditional, prototypes)
   shapes = jax.eval_shape(generator.init, jax.random.key(0), _noise(), _LABELS)
-  random = np.random.RandomState(0)  # compiling `init` takes seconds
+  # NumPy draws the variables, because compiling `init` takes seconds.
+  random = np.random.RandomState(0)
   variables = jax.tree.map(
     lambda a: 0.3 * random.randn(*a.shape).astype(a.dtype), shapes
   )
@@ -54,11 +55,11 @@ def test_shape_and_scale(shape, conditional):
   assert x.dtype == np.float32
   np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-4)
   np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=1e-3)
-  # Every pixel of the image varies over the batch, borders included.
+  # All pixels vary over the batch, including the borders.
   assert x.std(0).min() > 1e-3
 
 
-def test_deterministic_and_without_order():
+def test_images_are_deterministic_and_independent_of_order():
   variables, apply = _made((28, 28, 1))
   x = np.asarray(apply(variables, _noise(), _LABELS))
   np.testing.assert_array_equal(apply(variables, _noise(), _LABELS), x)
@@ -74,7 +75,7 @@ def test_labels_and_noise_decide_the_image(conditional, prototypes):
   variables, apply = _made((28, 28, 1), conditional, prototypes)
   z = _noise()
   z[1] = z[0]
-  # Samples 0 and 1 share noise; sample 4 shares the label of 0 only.
+  # Samples 0 and 1 share noise and label. Samples 0 and 4 share the label.
   same = np.asarray(apply(variables, z, np.array([0, 0, 2, 3, 0, 1])))
   np.testing.assert_allclose(same[0], same[1], atol=1e-5)
   assert np.abs(same[0] - same[4]).max() > 0.5
@@ -97,7 +98,7 @@ def test_every_parameter_has_a_gradient(conditional):
     return jax.grad(project)(variables['params'])
 
   found = gradient(variables, _noise(), _LABELS)
-  assert set(variables) == {'params'}  # no running statistics: one mode
+  assert set(variables) == {'params'}  # there are no running statistics
   for path, leaf in jax.tree_util.tree_leaves_with_path(found):
     assert np.all(np.isfinite(leaf)), path
     assert np.abs(leaf).max() > 1e-3, path
@@ -111,7 +112,7 @@ def test_noise_chooses_among_the_prototypes_of_the_class():
 
   @_jit
   def used(variables):
-    # Rows of the embedding that take part are those with a gradient.
+    # Only the chosen rows of the embedding have a gradient.
     def loss(params):
       x = generator.apply({'params': params}, z, np.full(_BATCH, 2))
       return jnp.sum(x * np.random.RandomState(1).randn(*x.shape))

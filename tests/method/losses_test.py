@@ -1,4 +1,4 @@
-"""One property of each loss after another, against independent numpy."""
+"""Properties of each loss, compared with independent NumPy code."""
 
 import functools
 
@@ -17,7 +17,7 @@ from clusterq_jax.ops.moments import (
 )
 
 _CHANNELS = (3, 5)
-# Four classes with a sample each, of which one does not count.
+# Four classes have one sample each. The second class does not count.
 _SHARE = np.array([1.0, 0.0, 1.0, 1.0], np.float32)
 _FIRST = np.arange(4)
 _KEY = jax.random.key(0)
@@ -35,7 +35,7 @@ def _classes(seed, channels=_CHANNELS, batch=4):
 
 
 def _row(layers, row):
-  """[C_l] per layer from [B, C_l] per layer."""
+  """Selects a row: [B, C_l] to [C_l] in each layer."""
   return tuple(Statistics(s.mean[row], s.std[row]) for s in layers)
 
 
@@ -50,7 +50,7 @@ def _probabilities(logits):
 
 
 def _numpy_distance(a, b):
-  """Mean over channels of the squared distances of two [C] statistics."""
+  """Averages the squared distances of two statistics [C] over channels."""
   return sum(np.mean(np.square(x - y)) for x, y in zip(a, b, strict=True))
 
 
@@ -76,7 +76,7 @@ def test_distillation_is_kl_from_the_teacher():
 
 def test_distillation_at_equal_logits():
   logits = _logits(1)
-  # Logits are equal up to a constant per sample.
+  # A constant added to all logits of a sample changes nothing.
   value, gradient = jax.value_and_grad(losses.distillation_loss)(
     logits, logits + np.arange(6, dtype=np.float32)[:, None]
   )
@@ -171,7 +171,7 @@ def test_equal_layers_cost_what_one_does(count):
   one = losses.statistics_loss([a], [b])
   many = losses.statistics_loss([a] * count, [b] * count)
   np.testing.assert_allclose(many, one, rtol=1e-5)
-  # Without noise diversity is SFDA, so the same holds there.
+  # Without noise, diversity equals SFDA.
   quiet = losses.diversity_loss(
     _KEY, _classes(0), _classes(1), _SHARE, _FIRST, (0.0, 0.0)
   )
@@ -207,7 +207,7 @@ def test_sfda_depends_on_the_labels():
   h += labels.reshape(6, 1, 1, 1)
   moments = sample_moments(h)
 
-  def of(labels):  # the teacher agrees
+  def of(labels):  # the teacher predicts the labels
     return classes_of(labels, np.eye(3, dtype=np.float32)[labels])
 
   empty = centroids_lib.empty(3, (2,))
@@ -219,10 +219,11 @@ def test_sfda_depends_on_the_labels():
     found = class_statistics(moments, classes)
     return losses.sfda_loss([found], expected, share)
 
-  # Not 0: of two samples, half of the variance between them is expected.
+  # It is not 0: for two samples, the centroids predict half of the variance
+  # between samples.
   assert loss(labels) < 0.1
   assert loss(np.array([1, 2, 0])[labels]) > 1
-  # The same samples, other members: a whole-batch statistic would not notice.
+  # Statistics of the whole batch would not change with these labels.
   assert loss(labels[[0, 2, 1, 4, 3, 5]]) > 0.1 + loss(labels)
 
 
@@ -268,10 +269,10 @@ def test_gradients_reach_the_seen_classes_and_never_the_centroids():
 @functools.partial(
   jax.jit,
   static_argnames='noise',
-  compiler_options={'xla_backend_optimization_level': 0},  # to compile faster
+  compiler_options={'xla_backend_optimization_level': 0},  # compiles faster
 )
 def _targets(key, centroids, noise, stored=None, first=_FIRST):
-  """The noisy centroids, read off the gradient at class statistics of 0."""
+  """Recovers noisy centroids from the gradient at class statistics of 0."""
   zeros = jax.tree.map(jnp.zeros_like, centroids)
   share = jnp.ones(4)
   gradient = jax.grad(
@@ -318,7 +319,7 @@ def test_noise_is_fresh_for_every_key():
 
 
 def test_noise_has_the_given_scales_and_no_correlations():
-  # Centroid stds of 100 keep the clip at 0 out of play.
+  # With centroid stds of 100, no noisy std is clipped at 0.
   size = (4, 2000)
   layer = Statistics(np.zeros(size, np.float32), np.full(size, 100, np.float32))
   targets = _targets(_KEY, (layer, layer), (0.5, 2.0))
@@ -326,7 +327,7 @@ def test_noise_has_the_given_scales_and_no_correlations():
   stds = np.concatenate([t.std - 100 for t in targets])
   np.testing.assert_allclose(means.std(1), [0.5] * 8, rtol=0.1)
   np.testing.assert_allclose(stds.std(1), [2.0] * 8, rtol=0.1)
-  # No class, layer or moment shares its noise with another.
+  # The noise of all classes, layers and moments is independent.
   correlations = np.corrcoef(np.concatenate([means, stds])) - np.eye(16)
   assert np.abs(correlations).max() < 0.15
 
@@ -362,4 +363,4 @@ def test_noisy_stds_are_clipped_at_zero():
   targets = _targets(_KEY, centroids, (1.0, 3.0))[0]
   assert np.all(targets.std >= 0)
   assert 0.2 < np.mean(targets.std == 0) < 0.6
-  assert np.any(targets.mean < 0)  # means may well be negative
+  assert np.any(targets.mean < 0)  # means are not clipped

@@ -1,4 +1,4 @@
-"""Learning rates, read off the updates of gradients of one."""
+"""Learning rates, measured as updates for gradients of 1."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def _config(optimizer, decay):
 
 
 def _updates(optimizer, tree, count):
-  """The sizes of the first updates, [count] per leaf."""
+  """Returns the sizes of the first updates, [count] for each leaf."""
   gradients = jax.tree.map(jnp.ones_like, tree)
   state, found = optimizer.init(tree), []
   for _ in range(count):
@@ -40,7 +40,7 @@ _STUDENT = {'params': jnp.zeros(()), 'quant': jnp.zeros(())}
 
 def test_cosine_runs_over_the_updates_of_each_network():
   config = _config('adam', 'cosine')
-  # Adam's update of a gradient that stays the same is the rate.
+  # For a constant gradient, Adam's update is the learning rate.
   generator = _updates(optimizers.for_generator(config), jnp.zeros(()), 7)
   np.testing.assert_allclose(
     generator, 1e-3 * _cosine(np.arange(7) / 7), rtol=1e-4
@@ -65,7 +65,7 @@ def test_steps_are_counted_from_the_start_of_the_run(monkeypatch):
 def test_sgd_decays_weights_and_not_steps_of_quantizers():
   tree = {'params': jnp.float32(1000), 'quant': jnp.float32(1000)}
   first = _updates(optimizers.for_student(_config('sgd', 'step')), tree, 1)
-  # Nesterov: the gradient and 0.9 of the momentum, which is the gradient.
+  # Nesterov adds 0.9 of the momentum, which is the gradient in the first step.
   np.testing.assert_allclose(first['quant'], 1e-3 * 1.9, rtol=1e-5)
   np.testing.assert_allclose(first['params'], 1e-4 * 1.9 * 1.1, rtol=1e-5)
 

@@ -49,13 +49,13 @@ def test_all_phases_follow_one_another():
 @pytest.mark.parametrize(
   ('lengths', 'names', 'on_enter'),
   [
-    # The paper's.
+    # The paper's phases.
     (
       {'warmup_steps': 2, 'joint_steps': 3},
       ['warm-up', 'joint'],
       [(), ('initialize_centroids', 'calibrate_student')],
     ),
-    # The recipe's.
+    # The recipe's phases.
     (
       {'warmup_steps': 2, 'generator_steps': 1, 'student_steps': 3},
       ['warm-up', 'generator', 'student'],

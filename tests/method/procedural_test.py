@@ -1,4 +1,4 @@
-"""Images made by a formula have what photographs have."""
+"""Procedural images have statistics like photographs."""
 
 import functools
 
@@ -28,7 +28,7 @@ def test_scale_of_normalised_input(shape):
   assert 0.7 < x.std((0, 1, 2)).min() <= x.std((0, 1, 2)).max() < 1.6
 
 
-def test_every_image_is_another_one():
+def test_images_differ():
   rows = _images().reshape(64, -1)
   between = np.corrcoef(rows) - np.eye(64)
   assert np.abs(between).max() < 0.9
@@ -45,7 +45,7 @@ def test_neighbours_are_alike_and_colours_mostly_bright_or_dark():
 
 
 def test_edges_are_sharp():
-  """Steps between neighbours are rare and large, not small and everywhere."""
+  """Steps between neighbours are rare and large, so their kurtosis is high."""
   steps = np.diff(_images().mean(-1), axis=2).ravel()
   kurtosis = np.mean(steps**4) / np.mean(steps**2) ** 2
   assert kurtosis > 6  # 3 for Gaussian noise of any spectrum

@@ -1,6 +1,6 @@
-"""What each step may touch, and what it may see.
+"""Parts of the state that each step changes, and parts that it reads.
 
-The programs are those that the finished run compiled.
+The tests run the programs that the finished run compiled.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from clusterq_jax.method.pool import PoolLayout
 from clusterq_jax.ops.moments import batch_statistics
 from clusterq_jax.runtime import session as session_lib
 
-_JOINT = 5  # where the tiny schedule's joint phase begins; see conftest
+_JOINT = 5  # start of the joint phase in the tiny schedule; see conftest
 
 
 @pytest.fixture
 def state(state_at):
-  """Of a checkpoint in the student phase: nothing in it is at its start."""
+  """Returns a state of the student phase, in which every part has changed."""
   return state_at(8)
 
 
 @pytest.fixture
 def step(finished):
-  """Calls a program on a copy of a state, which it would destroy."""
+  """Calls a program on a copy of a state, because it donates the state."""
 
   def call(name, state, at=None, variables=None):
     state = jax.tree.map(jnp.copy, state)
@@ -97,7 +97,7 @@ def test_convolutions_alone_are_in_bfloat16(finished, tiny_config, state, name):
 
 
 def _distance(finished, pixels):
-  """Of the statistics of images from the stored ones, relative to their std."""
+  """Computes the distance of image statistics from stored ones, in stds."""
   networks, stats = finished.networks, finished.variables['batch_stats']
   x = networks.preprocessing.normalize(pixels)
   _, moments = networks.teach(finished.variables, x)
@@ -132,24 +132,24 @@ def test_procedural_steps_fill_their_part_of_the_pool(finished, state):
   for part in ('generator', 'student', 'centroids'):
     assert _same(getattr(now, part), getattr(state, part)), part
   np.testing.assert_array_equal(now.pool[:first], state.pool)
-  # A batch after the other.
+  # The batches take turns.
   assert not seen[0][batch:].any()
   np.testing.assert_array_equal(seen[1][:batch], seen[0][:batch])
   for own in (slice(None, batch), slice(batch, None)):
     begun, done = seen[1][own], seen[-1][own]
     assert _distance(finished, done) < 0.7 * _distance(finished, begun)
-    # Still the images that they were.
+    # The images stay similar to their first version.
     assert np.corrcoef(np.ravel(begun), np.ravel(done))[0, 1] > 0.8
   assert not _same(seen[-1][:batch], seen[-1][batch:])
 
-  # What calibrates the student.
+  # These images calibrate the student.
   images = steps.pool.first_procedural(now.pool, batches=4)
   prep = finished.networks.preprocessing
   np.testing.assert_array_equal(images, prep.normalize(seen[-1]))
   assert len(steps.pool.first_procedural(now.pool, batches=1)) == batch
 
 
-# --- What moves --------------------------------------------------------------
+# --- Changed parts -----------------------------------------------------------
 
 
 def test_warmup_moves_the_generator_alone(step, state):
@@ -209,11 +209,11 @@ def test_loss_is_the_weighted_sum(step, state, finished):
   )
 
 
-# --- What the student sees ---------------------------------------------------
+# --- The student's inputs ----------------------------------------------------
 
 
 def _images(finished, state, at):
-  """What the generator makes in the step `at`, and with which labels."""
+  """Generates the images and labels of the step `at`."""
   key = jax.random.fold_in(finished.key, at)
   return jax.jit(finished.networks.generate)(
     state.generator, jax.random.split(key, 3)[0]
@@ -232,7 +232,7 @@ def test_pool_holds_generator_images(step, state, finished, name, at):
   slot, rest = halves[at % 2], halves[1 - at % 2]
   assert new.pool.dtype == jnp.uint8
   assert np.ptp(np.asarray(pixels)) > 100
-  # Another program's rounding may put a pixel on the other side of a half.
+  # Another program may round a pixel near the middle to the other side.
   difference = np.abs(np.int32(new.pool[slot]) - np.int32(pixels))
   assert difference.max() <= 1
   assert difference.mean() < 0.01
@@ -252,7 +252,7 @@ def test_student_step_sees_the_pool_and_nothing_else(step, state):
 
 
 def test_half_of_the_images_move_to_where_the_student_differs(state, finished):
-  # A student that differs by far more than by its quantizers.
+  # The negated classifier makes the student differ by more than rounding.
   classifier = state.student['params']['classifier']
   other = {**classifier, 'kernel': -classifier['kernel']}
   params = {**state.student['params'], 'classifier': other}
@@ -279,7 +279,7 @@ def test_half_of_the_images_move_to_where_the_student_differs(state, finished):
   distance = np.abs(np.asarray(y - x)).max((1, 2, 3))
   np.testing.assert_array_equal(distance[1::2], 0)
   assert ((0 < distance[::2]) & (distance[::2] < 0.0501)).all()
-  assert len(set(distance[::2])) == 4  # each as far as drawn for it
+  assert len(set(distance[::2])) == 4  # each image has its own step length
   signs = jax.random.rademacher(jax.random.key(1), x.shape)
   anywhere = x + signs * jnp.abs(y - x)
   before = divergence(x)
@@ -291,7 +291,7 @@ def _poison_centroids(state):
 
 
 def test_student_loss_is_that_of_pool_images(step, state, finished):
-  """The loss again, from the pool's pixels, by another way."""
+  """Computes the loss from the pool's pixels with independent code."""
   steps, key = finished.steps, jax.random.fold_in(finished.key, 8)
   draw_key, augment_key, _, size_key = jax.random.split(key, 4)
   rows = jax.random.randint(draw_key, (8,), 0, 16)
@@ -334,7 +334,7 @@ def test_student_batch_norm_statistics_are_the_teachers(
   assert names
   for name in names:
     np.testing.assert_array_equal(written[name], given[name])
-  # And a step reads them there: other statistics, other answers of both.
+  # A step reads them from the teacher: other statistics change the loss.
   shifted = {
     **finished.variables,
     'batch_stats': jax.tree.map(
@@ -363,7 +363,7 @@ def test_student_ranges_freeze(state, finished):
 
 @pytest.fixture
 def initial(finished, state):
-  """Centroids as a run begins with, and the keys of their 8 batches of 8."""
+  """Returns initial centroids, and the keys of their 8 batches of 8 images."""
   empty = jax.tree.map(jnp.zeros_like, state.centroids)
   state = jax.tree.map(jnp.copy, state.replace(centroids=empty))
   keys = jax.random.split(finished.key, 8)
@@ -442,6 +442,6 @@ def test_every_program_is_compiled_once(finished, step, state):
   phases = ['warmup_step', 'generator_step', 'joint_step', 'student_step']
   assert [name for name in names if name in phases] == phases
   assert {'initialize_centroids', 'calibrate_student'} < set(names)
-  # Other shapes are refused, not compiled for.
+  # Programs reject other shapes instead of recompiling.
   with pytest.raises(TypeError):
     step('student_step', state.replace(pool=state.pool[:8]))
