@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from clusterq_jax import weights
-from clusterq_jax.config import fields, validation
+from clusterq_jax.config import validation
+from clusterq_jax.config.meaning import Bounds
 from clusterq_jax.runtime import metrics
 
 
@@ -348,7 +349,7 @@ def test_loss_that_is_no_longer_finite(
 ):
   # No rate within the bounds makes so small a network diverge so early.
   meaning = validation._MEANINGS['generator.lr']
-  unbounded = meaning._replace(bounds=fields.Bounds(0, 1e38))
+  unbounded = meaning._replace(bounds=Bounds(0, 1e38))
   monkeypatch.setitem(validation._MEANINGS, 'generator.lr', unbounded)
   code, out, error = run('--config.generator.lr=1e30')
   lines = [line for line in error.splitlines() if line.startswith('error: ')]
