@@ -111,6 +111,7 @@ def test_help(command):
   assert 'paper/resnet18' in out
   assert max(map(len, out.splitlines())) <= 80
   assert 'Folder of the run' in out
+  assert max(map(len, out.splitlines())) <= 80
 
 
 def test_one_machine_has_nothing_to_say_of_others(spawn, tmp_path):
