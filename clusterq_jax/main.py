@@ -43,7 +43,7 @@ _DISTRIBUTED = flags.DEFINE_enum(
   'distributed',
   'auto',
   ['auto', 'on', 'off'],
-  'Whether to connect to the other processes of a run. auto: on a cluster only.',
+  'Whether to connect to the other processes of a run; auto: on a cluster.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs clusterq_jax.main on this host, in one process for all
-# its devices. If a cluster manager starts this script on several hosts or once
+# Sets up .venv, then runs clusterq_jax.main on this host, in one process for
+# all devices. If a cluster manager starts this script on several hosts or once
 # per GPU, the processes find each other.
 #
 #   launch/local.sh [--dry-run] FLAG...

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, then quantizes the embedded Fashion-MNIST ResNet-20 without data
-# and evaluates the student.
+# Sets up .venv, then quantizes the embedded Fashion-MNIST ResNet-20 without
+# data and evaluates the student.
 #
 #   launch/quickstart.sh [WORKDIR [FLAG...]]
 #

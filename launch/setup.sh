@@ -6,8 +6,8 @@
 #   launch/setup.sh test    also installs pytest, ruff and mypy
 #
 # A second call returns at once unless requirements.txt or pyproject.toml
-# changed. A call after an interrupted call completes the installation. The other
-# scripts source this file for its functions.
+# changed. A call after an interrupted call completes the installation. The
+# other scripts source this file for its functions.
 set -euo pipefail
 
 CLUSTERQ_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -121,10 +121,11 @@ clusterq_setup() {
 
 # Sets the variables that must be in the environment before a process starts.
 clusterq_env() {
-  # On the CPU, XLA allocates scratch memory anew in every step. By default glibc
-  # returns the pages to the kernel and pays for page faults in the next step.
-  # With these settings it keeps the memory, in huge pages. The cost is that a
-  # process never shrinks below its peak. glibc.malloc.hugetlb needs glibc 2.35.
+  # On the CPU, XLA allocates scratch memory anew in every step. By default,
+  # glibc returns the pages to the kernel and pays for page faults in the next
+  # step. With these settings it keeps the memory, in huge pages. The cost is
+  # that a process never shrinks below its peak. glibc.malloc.hugetlb needs
+  # glibc 2.35.
   local glibc
   glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null)" || return 0
   if [[ -z "${GLIBC_TUNABLES+set}" && "$glibc" =~ ^glibc\ 2\.([0-9]+) ]] &&

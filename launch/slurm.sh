@@ -6,9 +6,9 @@
 #   launch/slurm.sh [--dry-run] NODES GPUS_PER_NODE FLAG...
 #
 # Partition, account and time limit come from Slurm's variables, such as
-# SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT. Slurm signals the run two
-# minutes before the limit. The run then saves its state and stops, and the same
-# call resumes it. --dry-run prints the command and does nothing else.
+# SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT. Slurm signals the run
+# two minutes before the limit. The run then saves its state and stops, and the
+# same call resumes it. --dry-run prints the command and does nothing else.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

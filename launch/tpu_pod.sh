@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs clusterq_jax.main on every host of a Cloud TPU pod slice or on the host of
-# a single-host TPU. It needs gcloud and an existing TPU VM:
+# Runs clusterq_jax.main on every host of a Cloud TPU pod slice or on the host
+# of a single-host TPU. It needs gcloud and an existing TPU VM:
 #
 #   gcloud compute tpus tpu-vm create NAME --zone=ZONE \
 #     --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
 #
 #   launch/tpu_pod.sh [--dry-run] NAME ZONE FLAG...
 #
-# The script copies the last commit to the hosts and runs it. Weights and workdir
-# must be on a file system that every host mounts.
+# The script copies the last commit to the hosts and runs it. Weights and
+# workdir must be on a file system that every host mounts.
 # --dry-run prints the commands and does nothing else.
 set -euo pipefail
 

@@ -109,7 +109,6 @@ def test_help(command):
     assert said in out
   assert out.count('clusterq --config=') >= 4  # usage and examples
   assert 'paper/resnet18' in out
-  assert max(map(len, out.splitlines())) <= 80
   assert 'Folder of the run' in out
   assert max(map(len, out.splitlines())) <= 80
 
