@@ -6,8 +6,8 @@ networks/resnet20_variant.py; docs/networks.md explains how to write one.
     python -m clusterq_jax.main --config=configs/cifar100_variant.py \
         --workdir=runs/cifar100_variant
 
-It needs weights/resnet20_cifar100_variant.pt: the state dict of the network that
-networks/resnet20_variant.py describes, saved with torch.save. A run takes about
+It needs weights/resnet20_cifar100_variant.pt, the state dict of the network in
+networks/resnet20_variant.py, saved with torch.save. A run takes about
 25 minutes on one core. Accuracy and time: docs/results.md.
 """
 
