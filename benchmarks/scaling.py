@@ -86,8 +86,7 @@ def serve(spec: dict[str, Any]) -> None:
 
   from benchmarks import random_weights
   from clusterq_jax import config as config_lib
-  from clusterq_jax.modes import dryrun
-  from clusterq_jax.runtime import metrics
+  from clusterq_jax.runtime import metrics, roofline
   from clusterq_jax.runtime.session import Session
 
   config = config_lib.default_config()
@@ -115,7 +114,7 @@ def serve(spec: dict[str, Any]) -> None:
   print('true', flush=True)
   for _ in sys.stdin:
     times = timed(STEPS_PER_TURN)
-    memory = dryrun.memory(step) / 1e6, metrics.peak_rss_mb()
+    memory = roofline.memory(step) / 1e6, metrics.peak_rss_mb()
     print(json.dumps([*times, *memory]), flush=True)
 
 

@@ -5,8 +5,8 @@
 
 Nothing runs on a TPU. The script prints the work of one chip, and its images
 per second against those of a single chip, at the roofline of
-`clusterq_jax/modes/dryrun.py`. The first rows split the paper's batch among as
-many chips as divide it. The others keep the batch per chip constant. Weights
+`clusterq_jax/runtime/roofline.py`. The first rows split the paper's batch among
+as many chips as divide it. The others keep the batch per chip constant. Weights
 are random. Everything else is from configs/paper/ARCH.py.
 """
 
@@ -19,6 +19,7 @@ from benchmarks import common, random_weights
 from clusterq_jax import config as config_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.modes import dryrun
+from clusterq_jax.runtime import roofline
 
 CONFIGS = common.ROOT / 'configs' / 'paper'
 CLASSES = 1000
@@ -38,9 +39,9 @@ teacher = functools.cache(random_weights.teacher)
 
 
 @functools.cache
-def need(arch: str, side: int, batch: int) -> dryrun.Need | str:
+def need(arch: str, side: int, batch: int) -> roofline.Need | str:
   """Compiles a joint step for side * side chips; batch: of all chips."""
-  pod = dryrun.topology(f'v5e:{side}x{side}')
+  pod = roofline.topology(f'v5e:{side}x{side}')
   config = get_config(arch)
   config.schedule.batch_size = batch
   target = dryrun.Target(

@@ -1,5 +1,7 @@
 """Help texts of the two command lines, `main` and `convert`."""
 
+import textwrap
+
 from absl import flags
 
 _HELP = ('--help', '-help', '-h')
@@ -11,11 +13,18 @@ def wants_help(argv: list[str]) -> bool:
 
 
 def describe_flags(one: str) -> str:
-  """Describes the flags of the module that defines the flag `one`."""
+  """Describes the flags of a module, at most 80 columns per line.
+
+  Args:
+    one: name of a flag that the module defines.
+  """
   module = flags.FLAGS.find_module_defining_flag(one)
+  wrapper = textwrap.TextWrapper(
+    width=80, initial_indent=6 * ' ', subsequent_indent=6 * ' '
+  )
   return '\n'.join(
     f'  --{flag.name}{f" ({flag.default})" if flag.default else ""}\n'
-    f'      {flag.help}'
+    f'{wrapper.fill(flag.help)}'
     for flag in flags.FLAGS.flags_by_module_dict()[str(module)]
     if '.' not in flag.name
   )

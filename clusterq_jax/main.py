@@ -1,9 +1,9 @@
-"""The command line: flags and mode dispatch only.
+"""Parses the command line and runs a mode.
 
     clusterq --config=NAME --workdir=DIR [--mode=...] [--config.field=value ...]
 
-is short for `python -m clusterq_jax.main` with the same flags. With several
-processes, each is started with the same command; see `distributed.initialize`.
+`clusterq` is short for `python -m clusterq_jax.main`. A distributed run starts
+every process with the same command; see `distributed.initialize`.
 """
 
 import difflib
@@ -25,10 +25,10 @@ from clusterq_jax.runtime import distributed
 from clusterq_jax.runtime.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Name of a shipped config, or a Python file like them.'
+  'config', None, 'Name of a shipped config, or path of a Python config file.'
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run, or gs://BUCKET/PATH.'
+  'workdir', None, 'Folder of the run or gs://BUCKET/PATH; made if missing.'
 )
 _MODES = {
   'quantize': quantize.quantize,
@@ -37,22 +37,26 @@ _MODES = {
   'report': report.report,
 }
 _MODE = flags.DEFINE_enum(
-  'mode', 'quantize', [*_MODES, 'dryrun', 'config'], 'What to do.'
+  'mode', 'quantize', [*_MODES, 'dryrun', 'config'], 'What to do; see above.'
 )
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed',
   'auto',
   ['auto', 'on', 'off'],
-  'Whether this is one of several processes; auto: if on a cluster.',
+  'Whether to connect to the other processes of a run; auto: on a cluster.',
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator_address', None, 'HOST:PORT of process 0; off a cluster.'
+  'coordinator_address',
+  None,
+  'HOST:PORT of process 0; needed with --distributed=on outside a cluster.',
 )
 _PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'Processes in all; off a cluster.'
+  'num_processes', None, 'Number of processes; see --coordinator_address.'
 )
 _PROCESS = flags.DEFINE_integer(
-  'process_id', None, 'Number of this process, from 0; off a cluster.'
+  'process_id',
+  None,
+  'Number of this process, from 0; see --coordinator_address.',
 )
 
 
@@ -60,42 +64,52 @@ _HELP = """Quantizes a trained image classifier without data.
 
     clusterq --config=NAME --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE]
 
-`clusterq` is short for `python -m clusterq_jax.main`. NAME is a Python file or
-one of these shipped configs:
+`clusterq` is short for `python -m clusterq_jax.main`. NAME is the path of a
+Python file or one of these shipped configs:
 {configs}
 
 modes
-  quantize   makes the student, or resumes where the workdir's run stopped
-             (the default)
+  quantize   quantizes the teacher and exports the student, or resumes an
+             unfinished run in the workdir (the default)
   evaluate   measures teacher and student on labelled images
-  export     writes the integer ONNX file and its self-test once more
-  report     writes report.html: curves, images, errors layer by layer; needs
-             pip install 'clusterq-jax[report]'
-  dryrun     compiles every step for a TPU that is not there
-  config     prints every resolved number of a config with its meaning
+  export     writes the deployable files of a finished run again: the integer
+             ONNX file and its self-test
+  report     writes report.html with curves, images and the errors of each
+             layer; needs pip install 'clusterq-jax[report]'
+  dryrun     compiles every step for a TPU pod, without a TPU, and prints its
+             memory and time
+  config     prints every value of a config with its meaning
 
 flags
 {flags}
   --config.FIELD=VALUE
-      Sets a field of the config; --mode=config prints each with its meaning.
+      Sets a field of the config. --mode=config prints all fields.
 
 examples
-  the embedded teacher, with three bits:
+  quantize the embedded teacher with 3-bit weights:
     clusterq --config=fashion_mnist_resnet20 --workdir=runs/three \\
         --config.quant.weight_bits=3
-  your weights, and how they do on your images:
+  quantize your weights, then measure the student on your images:
     clusterq --config=resnet18 --workdir=runs/mine \\
         --config.teacher.weights=resnet18.safetensors
     clusterq --config=resnet18 --workdir=runs/mine \\
         --config.teacher.weights=resnet18.safetensors \\
         --mode=evaluate --config.eval.source=folder --config.eval.path=images
-  every number of a config:
+  print every value of a config:
     clusterq --config=resnet18 --mode=config
 """
 
 
 def main(argv: list[str]) -> int:
-  """Runs one mode; returns the exit code."""
+  """Runs one mode.
+
+  Args:
+    argv: arguments of the command line, program name first.
+
+  Returns:
+    The exit code: 0 for success or a saved stop by SIGTERM, 1 for a lost
+    process or a step that does not fit, 2 for unusable input, 130 for Ctrl-C.
+  """
   if command_line.wants_help(argv):
     described = command_line.describe_flags('mode')
     configs = '\n'.join(f'  {name}' for name in shipped.names())
@@ -111,7 +125,7 @@ def main(argv: list[str]) -> int:
     decision = distributed.initialize(
       _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
-    # Who runs one process on one machine has nothing to decide.
+    # On one machine without a cluster there is no decision to report.
     if _DISTRIBUTED.value != 'off' and decision != distributed.ALONE:
       print(f'distributed: {decision}', file=sys.stderr)
     if sharding.is_lead() or _MODE.value == 'quantize':
@@ -124,7 +138,7 @@ def main(argv: list[str]) -> int:
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
-  except OSError as e:  # a full disk, a folder taken away
+  except OSError as e:  # such as a full disk or a removed folder
     where = e.filename or _WORKDIR.value
     print(f'error: {where}: {e.strerror or e}', file=sys.stderr)
     return 2
@@ -145,22 +159,29 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+  """Parses the flags and returns (config, workdir).
+
+  Raises:
+    InputError: a flag, a field or the config file cannot be used.
+  """
   argv = _with_path(argv)
   try:
     rest = flags.FLAGS(argv)[1:]
-    # A config file that could not be read raises once it is looked at.
+    # ml_collections raises the error of an unreadable config file on access.
     getattr(_CONFIG.value, 'to_dict', None)
   except OSError as e:
     reason = str(e).strip().splitlines()[-1].strip()
     raise InputError(f'--config: {reason}') from e
   except Exception as e:  # a config file may raise anything
     lines = str(e).strip().splitlines() or [repr(e)]
-    # ml_collections says what it was doing, then all of the traceback.
+    # The first line names the action of ml_collections, the last the error.
     reason = ' '.join(dict.fromkeys((lines[0].strip(), lines[-1].strip())))
     unknown = _unknown_field(argv)
     raise InputError(unknown or f'flags: {reason}') from e
   if rest:
-    raise InputError(f'unexpected argument {rest[0]!r}; flags begin with --')
+    raise InputError(
+      f'unexpected argument {rest[0]!r}; expected flags, which begin with --'
+    )
   needs_workdir = _MODE.value not in ('config', 'dryrun')
   if _CONFIG.value is None or needs_workdir and not _WORKDIR.value:
     raise InputError('--config=NAME and --workdir=DIR are required')
@@ -168,7 +189,7 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
 
 
 def _with_path(argv: list[str]) -> list[str]:
-  """Returns the arguments with the config's path in place of its name."""
+  """Returns the arguments with the name of a shipped config made a path."""
   found = list(argv)
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
@@ -182,7 +203,7 @@ def _with_path(argv: list[str]) -> list[str]:
 
 
 def _unknown_field(argv: list[str]) -> str:
-  """What is wrong with the first field of `argv` that no config has, or ''."""
+  """Returns an error for the first unknown config field of `argv`, or ''."""
   fields = config_lib.flatten(config_lib.default_config())
   known = [f'config.{field}' for field in fields]
   for argument in argv[1:]:
@@ -197,7 +218,7 @@ def _unknown_field(argv: list[str]) -> str:
 
 
 def run() -> None:
-  """Runs the command line; the console command `clusterq`."""
+  """Runs the command line and exits; entry point of `clusterq`."""
   sys.exit(distributed.exit_process(main(sys.argv)))
 
 

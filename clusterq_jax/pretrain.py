@@ -1,15 +1,16 @@
 """Trains the embedded teacher: ResNet-20 on Fashion-MNIST.
 
-The only place in the project that trains on real data. 55,000 of the 60,000
-training images; the last 5,000 are the dev split. The 10,000 test images are
-looked at once, after the last step.
+This is the only module that trains on real data. It trains on 55,000 of the
+60,000 training images; the last 5,000 are the dev split. It evaluates the
+10,000 test images once, after the last step.
 
     python -m clusterq_jax.pretrain --data=/usr/share/datasets/fashion-mnist \
         --output=fashion_mnist_resnet20.safetensors
 
-The folder holds the four IDX files (Debian package dataset-fashion-mnist, or
-https://github.com/zalandoresearch/fashion-mnist). About 40 minutes on two
-cores.
+The data folder holds the four IDX files of Fashion-MNIST. They come from the
+Debian package dataset-fashion-mnist or from
+https://github.com/zalandoresearch/fashion-mnist. Training takes about 40
+minutes on two cores.
 """
 
 import dataclasses
@@ -38,15 +39,30 @@ DEV_IMAGES = 5_000
 ARCH = 'resnet20'
 OPTIONS = {'num_classes': 10, 'in_channels': 1, 'shortcut': 'pad'}
 
-_DATA = flags.DEFINE_string('data', None, 'Folder of IDX files.', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'File to write.', required=True)
+_DATA = flags.DEFINE_string(
+  'data', None, 'Folder with the IDX files.', required=True
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'Safetensors file to write.', required=True
+)
 _EPOCHS = flags.DEFINE_integer('epochs', 10, 'Passes over the images.')
 _BATCH = flags.DEFINE_integer('batch_size', 128, 'Images per step.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of weights, order and augmentation.')
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Seed of weights, order of the images and augmentation.'
+)
 
 
 def augment(key: jax.Array, x: jax.Array, shift: int = 2) -> jax.Array:
-  """Random shift by up to `shift` pixels and random flip; x [B, H, W, C]."""
+  """Shifts and flips each image at random.
+
+  Args:
+    key: PRNG key.
+    x: images, float32 [B, H, W, C].
+    shift: largest shift in each direction, in pixels.
+
+  Returns:
+    float32 [B, H, W, C].
+  """
   size, flip_key, shift_key = x.shape, *jax.random.split(key)
   flip = jax.random.bernoulli(flip_key, 0.5, (size[0], 1, 1, 1))
   x = jnp.where(flip, x[:, :, ::-1], x)
@@ -60,7 +76,11 @@ def augment(key: jax.Array, x: jax.Array, shift: int = 2) -> jax.Array:
 
 
 def _train_step(network, optimizer, prep: Preprocessing):
-  """(state, key, uint8 pixels, labels) -> state, compiled; state is donated."""
+  """Returns a compiled step (state, key, pixels, labels) -> state.
+
+  The state is (variables, optimizer state, loss), and the step donates it.
+  Pixels are uint8 [B, H, W, C], labels int [B].
+  """
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, key, pixels, labels):
@@ -84,7 +104,13 @@ def _train_step(network, optimizer, prep: Preprocessing):
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
-  """SGD with Nesterov momentum, one cycle; decay on kernels only."""
+  """Returns SGD with Nesterov momentum and a one-cycle learning rate.
+
+  Weight decay applies to kernels only.
+
+  Args:
+    steps: number of steps of the whole training.
+  """
   kernels = functools.partial(jax.tree.map, lambda a: a.ndim > 1)
   rate = optax.cosine_onecycle_schedule(steps, 0.2, 0.2)
   return optax.chain(
@@ -93,7 +119,19 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
   )
 
 
+def _preprocessing(images: np.ndarray) -> Preprocessing:
+  """Returns the preprocessing that normalises uint8 images [N, H, W, 1]."""
+  scaled = images / 255
+  return Preprocessing(
+    image_size=images.shape[1:3],
+    mean=(round(float(scaled.mean()), 4),),
+    std=(round(float(scaled.std()), 4),),
+    channel_order='grey',
+  )
+
+
 def _metadata(prep: Preprocessing) -> dict[str, str]:
+  """Returns the header of the weights file."""
   fields = {k: json.dumps(v) for k, v in dataclasses.asdict(prep).items()}
   return fields | {
     'format': weights.FORMAT,
@@ -105,22 +143,22 @@ def _metadata(prep: Preprocessing) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-  """Trains, saves, and prints the accuracies."""
+  """Trains and saves the teacher and prints its accuracy.
+
+  Raises:
+    InputError: the images cannot be read, or the output is not a new file.
+  """
   del argv
   folder, output = pathlib.Path(_DATA.value), pathlib.Path(_OUTPUT.value)
   train = data.read_fashion_mnist(folder, 'train')
   test = data.read_fashion_mnist(folder, 't10k')
   if not output.parent.is_dir() or output.exists():
-    raise InputError(f'--output={output}: expected a new file in a folder')
+    raise InputError(
+      f'--output={output}: expected a new file in an existing folder'
+    )
   images, labels = (a[:-DEV_IMAGES] for a in train)
   dev = data.Images(*(a[-DEV_IMAGES:] for a in train))
-  scaled = images / 255
-  prep = Preprocessing(
-    image_size=images.shape[1:3],
-    mean=(round(float(scaled.mean()), 4),),
-    std=(round(float(scaled.std()), 4),),
-    channel_order='grey',
-  )
+  prep = _preprocessing(images)
   options = {k: v for k, v in OPTIONS.items() if k != 'in_channels'}
   build = registry.builder(ARCH, **options)
   network = build(float_layers.layer_set(train=True))

@@ -1,9 +1,12 @@
-"""Data parallelism: one mesh axis over every device of every process.
+"""Makes the mesh and the shardings of data-parallel training.
 
-`jit` with `NamedSharding`; statistics over a sharded batch are global because
-the program is written for the whole batch, and random numbers are those of the
-whole batch too. The state is replicated. Every process runs the same program on
-the same numbers; the first one alone, the lead, writes files and speaks.
+The mesh has one axis over all devices of all processes. `jit` compiles programs
+that are written for the whole batch, with `NamedSharding`. Batch statistics are
+therefore global, and random numbers do not depend on the number of devices. The
+state is replicated.
+
+Every process runs the same program with the same numbers. Only the first
+process, the lead, writes files and prints.
 """
 
 from collections.abc import Sequence
@@ -15,14 +18,18 @@ from clusterq_jax.errors import InputError
 
 
 def is_lead() -> bool:
-  """Whether this process is the one that writes files."""
+  """Tells whether this process is the lead, which writes files."""
   return jax.process_index() == 0
 
 
 def make_mesh(
   batch_size: int, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """The mesh ('data',) over all devices, or those given.
+  """Makes a mesh with the single axis 'data'.
+
+  Args:
+    batch_size: images per step, of all devices together.
+    devices: devices of the mesh; None means all devices.
 
   Raises:
     InputError: the batch does not divide among the devices.
@@ -30,10 +37,10 @@ def make_mesh(
   count = jax.device_count() if devices is None else len(devices)
   if batch_size % count:
     raise InputError(
-      f'schedule.batch_size={batch_size} does not divide among {count} '
+      f'config.schedule.batch_size={batch_size} does not divide among {count} '
       f'devices; expected a multiple of {count}'
     )
-  # Auto axes: under Explicit ones, one-hot einsums over a sharded batch raise.
+  # With Explicit axes, one-hot einsums over a sharded batch raise.
   return jax.make_mesh(
     (count,),
     ('data',),
@@ -43,11 +50,17 @@ def make_mesh(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns the sharding that copies an array to every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: jax.sharding.Mesh, tree):
-  """Constrains arrays [B, ...] inside `jit` to be split along the batch."""
+  """Splits arrays along the batch, inside `jit`.
+
+  Args:
+    mesh: mesh from `make_mesh`.
+    tree: tree of arrays [B, ...].
+  """
   if mesh.size == 1:
     return tree
   return jax.lax.with_sharding_constraint(

@@ -6,8 +6,8 @@ networks/resnet20_variant.py; docs/networks.md explains how to write one.
     python -m clusterq_jax.main --config=configs/cifar100_variant.py \
         --workdir=runs/cifar100_variant
 
-Needs weights/resnet20_cifar100_variant.pt: the state dict of the network that
-networks/resnet20_variant.py describes, saved with torch.save. A run takes about
+It needs weights/resnet20_cifar100_variant.pt, the state dict of the network in
+networks/resnet20_variant.py, saved with torch.save. A run takes about
 25 minutes on one core. Accuracy and time: docs/results.md.
 """
 
@@ -16,12 +16,13 @@ import runpy
 
 import clusterq_jax as cq
 
-# By path: a config file is run from any folder, and not as part of a package.
+# A config file runs from any folder and outside a package, so it cannot import
+# the network by module name.
 _NETWORK = pathlib.Path(__file__).parent / 'networks' / 'resnet20_variant.py'
 
 
 def get_config():
-  """Runs the short recipe; the network's file describes the input."""
+  """Returns the short recipe with the registered network."""
   runpy.run_path(str(_NETWORK))['register']()
   config = cq.default_config()
   config.teacher.arch = 'resnet20_variant'

@@ -6,7 +6,7 @@ schedule is paper/cifar10_resnet20.py.
     python -m clusterq_jax.main --config=configs/cifar10_resnet20_fast.py \
         --workdir=runs/cifar10
 
-Needs weights/resnet20-12fca82f.th: download it from pretrained_models/ of
+It needs weights/resnet20-12fca82f.th: download it from pretrained_models/ of
 https://github.com/akamaster/pytorch_resnet_cifar10. Accuracy and time:
 docs/results.md.
 """
@@ -15,7 +15,7 @@ import clusterq_jax as cq
 
 
 def get_config():
-  """Runs the short recipe on akamaster's weights."""
+  """Returns the short recipe with akamaster's weights."""
   config = cq.default_config()
   config.teacher.weights = 'weights/resnet20-12fca82f.th'
   config.teacher.num_classes = 10

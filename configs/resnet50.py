@@ -6,15 +6,16 @@ paper/resnet50.py.
     python -m clusterq_jax.main --config=configs/resnet50.py \
         --workdir=runs/resnet50
 
-Needs weights/resnet50.pth, from torchvision. The numbers are those of
-efficientnet_lite0.py. Not run here: accuracy and time unknown.
+It needs weights/resnet50.pth from torchvision. The numbers equal those of
+efficientnet_lite0.py. This config has not been run: accuracy and time are
+unknown.
 """
 
 import clusterq_jax as cq
 
 
 def get_config():
-  """Runs the short recipe for 224 x 224 pixels."""
+  """Returns the short recipe for 224 x 224 pixels."""
   config = cq.imagenet_config()
   config.teacher.arch = 'resnet50'
   config.teacher.weights = 'weights/resnet50.pth'

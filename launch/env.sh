@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The environment of a run, on the machine that computes; sourced by local.sh,
-# which all other routes end in. What is set already stays as it is.
+# Sets the environment of a run on the machine that computes. local.sh sources
+# this file, and all other launchers call local.sh. Variables that are set
+# already keep their values.
 
-# Compiled programs are kept, so that a restart compiles nothing. On a pod it is
-# process 0 that writes them: a folder that the hosts share serves all.
+# JAX keeps compiled programs here, so a restart compiles nothing. On a pod,
+# process 0 writes them; a folder that all hosts share serves every process.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/clusterq-jax}"
 
-# The last lines of a process that is killed are not lost.
+# A killed process loses none of its last lines.
 export PYTHONUNBUFFERED=1

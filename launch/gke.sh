@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Submits clusterq_jax.main to a GKE cluster with TPUs, through xpk
-# (https://github.com/AI-Hypercomputer/xpk), which puts this folder into an
-# image and starts it on every host of the slice.
+# (https://github.com/AI-Hypercomputer/xpk). xpk copies the repository into an
+# image and starts the image on every host of the slice.
 #
 #   launch/gke.sh [--dry-run] CLUSTER TPU_TYPE WORKLOAD FLAG...
 #
-# TPU_TYPE is, say, v5litepod-16; WORKLOAD names the job. Weights and workdir are
-# on storage that xpk mounts into every pod (xpk storage attach). A job that fails
-# is started again and goes on from its last checkpoint, ten times at most.
-# --dry-run prints the command and does nothing.
+# TPU_TYPE is a type such as v5litepod-16, and WORKLOAD names the job. Weights
+# and workdir must be on storage that xpk mounts into every pod (xpk storage
+# attach). A failed job starts again at most ten times and resumes from its last
+# checkpoint. --dry-run prints the command and does nothing else.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

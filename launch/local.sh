@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs clusterq_jax.main on this host, in one process for all its devices; sets
-# up .venv first. Where a cluster has started it on several hosts (or once for
-# every GPU), the processes find each other.
+# Sets up .venv, then runs clusterq_jax.main on this host, in one process for
+# all devices. If a cluster manager starts this script on several hosts or once
+# per GPU, the processes find each other.
 #
 #   launch/local.sh [--dry-run] FLAG...
 #
-# --dry-run prints the command and does nothing. A relative path in a flag is
-# one in the repository.
+# Relative paths in flags start at the repository's root. --dry-run prints the
+# command and does nothing else.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

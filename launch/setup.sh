@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Makes the environment that the other scripts here run in: .venv in the
-# repository's root, with the package installed in editable mode.
+# Makes the Python environment of the launch scripts: .venv in the repository's
+# root, with the package installed in editable mode.
 #
-#   launch/setup.sh         what a run needs
-#   launch/setup.sh test    that, and pytest, ruff and mypy
+#   launch/setup.sh         installs what a run needs
+#   launch/setup.sh test    also installs pytest, ruff and mypy
 #
 # A second call returns at once unless requirements.txt or pyproject.toml
-# changed; one that follows an interrupted call finishes its work. The other
-# scripts source this file for its functions, which take the same argument.
+# changed. A call after an interrupted call completes the installation. The
+# other scripts source this file for its functions.
 set -euo pipefail
 
 CLUSTERQ_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 CLUSTERQ_PYTHON="$CLUSTERQ_ROOT/.venv/bin/python"
 
-# True where command $1 is a Python that this project supports.
+# Succeeds if command $1 is a Python that this project supports.
 _clusterq_recent() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# Prints the first interpreter fit to make the environment, or exits with 2.
+# Prints the first interpreter that can make the environment, or exits with 2.
 _clusterq_find_python() {
   local candidate found=''
   local -a candidates=(python3.13 python3.12 python3.11 python3)
@@ -38,19 +38,20 @@ _clusterq_find_python() {
       "ensurepip module is missing (on Debian and Ubuntu, install the" \
       "package python3-venv)." >&2
   else
-    echo "setup: no Python 3.11 or newer among: ${candidates[*]}. Install" \
-      "one, or set PYTHON to its path." >&2
+    echo "setup: found no Python 3.11 or newer among: ${candidates[*]}." \
+      "Install one, or set PYTHON to its path." >&2
   fi
   exit 2
 }
 
-# Prints what the installed environment depends on; a stamp holds its copy.
+# Prints everything that the installed environment depends on. A stamp file in
+# .venv stores this text after an installation.
 _clusterq_fingerprint() {
   printf '%s\n' "$CLUSTERQ_ROOT"
   cat "$CLUSTERQ_ROOT/requirements.txt" "$CLUSTERQ_ROOT/pyproject.toml"
 }
 
-# True where the environment already has what argument $1 ('' or test) names.
+# Succeeds if the environment is up to date. $1: '' or test.
 _clusterq_is_set_up() {
   local stamp="$CLUSTERQ_ROOT/.venv/.clusterq-installed${1:+-$1}"
   [[ -x "$CLUSTERQ_PYTHON" && ! -e "$CLUSTERQ_ROOT/.venv.unfinished" ]] &&
@@ -59,7 +60,7 @@ _clusterq_is_set_up() {
 
 _clusterq_make_venv() {
   local venv="$CLUSTERQ_ROOT/.venv" python
-  # The marker lies beside .venv, so that it outlives a half-done removal.
+  # The marker is outside .venv, so it survives a partial removal of .venv.
   if [[ -e "$venv.unfinished" || ! -e "$venv" ]]; then
     python="$(_clusterq_find_python)"
     echo "setup: making .venv with $("$python" --version) ..." >&2
@@ -68,11 +69,11 @@ _clusterq_make_venv() {
     "$python" -m venv "$venv"
     rm "$venv.unfinished"
   elif ! _clusterq_recent "$CLUSTERQ_PYTHON"; then
-    echo "setup: the Python in $venv does not start, or is older than 3.11." \
-      "Remove that folder and call again." >&2
+    echo "setup: the Python in $venv does not start or is older than 3.11." \
+      "Remove that folder and call the script again." >&2
     exit 2
   elif ! "$CLUSTERQ_PYTHON" -m pip --version >/dev/null 2>&1; then
-    # Made by another tool: uv leaves pip out.
+    # Environments that uv made have no pip.
     "$CLUSTERQ_PYTHON" -m ensurepip >/dev/null
   fi
 }
@@ -106,7 +107,8 @@ clusterq_setup() {
   if _clusterq_is_set_up "$extra"; then
     return
   fi
-  # One installation at a time; who waited may find the work done.
+  # Only one installation runs at a time. After waiting for the lock, the work
+  # may be done already.
   (
     if command -v flock >/dev/null; then
       flock 9 || true
@@ -117,12 +119,13 @@ clusterq_setup() {
   ) 9<"$CLUSTERQ_ROOT/requirements.txt"
 }
 
-# Sets what a process must find in its environment when it starts.
+# Sets the variables that must be in the environment before a process starts.
 clusterq_env() {
-  # XLA on the CPU allocates its scratch memory anew in every step. With these
-  # settings glibc keeps the pages, huge ones, where it would hand them back
-  # to the kernel and pay for their page faults a step later. The price: a
-  # process never shrinks below its peak. glibc.malloc.hugetlb came with 2.35.
+  # On the CPU, XLA allocates scratch memory anew in every step. By default,
+  # glibc returns the pages to the kernel and pays for page faults in the next
+  # step. With these settings it keeps the memory, in huge pages. The cost is
+  # that a process never shrinks below its peak. glibc.malloc.hugetlb needs
+  # glibc 2.35.
   local glibc
   glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null)" || return 0
   if [[ -z "${GLIBC_TUNABLES+set}" && "$glibc" =~ ^glibc\ 2\.([0-9]+) ]] &&
@@ -135,13 +138,13 @@ clusterq_env() {
   fi
 }
 
-# Whether argument $1 is --dry-run: clusterq_do then prints and does nothing.
+# Succeeds if argument $1 is --dry-run. clusterq_do then only prints commands.
 clusterq_dry_run() {
   CLUSTERQ_DRY_RUN=''
   [[ "$1" == --dry-run ]] && CLUSTERQ_DRY_RUN=1
 }
 
-# Runs a command, or prints it, quoted for a shell.
+# Runs a command; in a dry run it prints the command, quoted for a shell.
 clusterq_do() {
   local word line=''
   if [[ -z "$CLUSTERQ_DRY_RUN" ]]; then

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Submits clusterq_jax.main to Slurm: one process for every GPU of NODES nodes.
-# Call it on a login node that shares the repository with the nodes, once
-# launch/setup.sh and pip install -e '.[cuda]' have been run there.
+# Submits clusterq_jax.main to Slurm, with one process per GPU of NODES nodes.
+# Call it on a login node that shares the repository with the compute nodes.
+# First run launch/setup.sh and pip install -e '.[cuda]' there.
 #
 #   launch/slurm.sh [--dry-run] NODES GPUS_PER_NODE FLAG...
 #
-# Partition, account and time limit come from Slurm's own variables, such as
-# SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT. Two minutes before the
-# limit the run is told to save and stop; the same call goes on from there.
-# --dry-run prints the command and does nothing.
+# Partition, account and time limit come from Slurm's variables, such as
+# SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT. Slurm signals the run
+# two minutes before the limit. The run then saves its state and stops, and the
+# same call resumes it. --dry-run prints the command and does nothing else.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs the tests; sets up .venv with the test tools first.
+# Sets up .venv with the test tools, then runs the tests.
 #
 #   launch/test.sh [PYTEST ARGUMENT...]
 #
 #   launch/test.sh                  all tests except those marked `full`
-#   launch/test.sh -m "not slow"    the quick ones: is daily work sound?
-#   launch/test.sh -m full          those that take longest; .ci/run adds them
+#   launch/test.sh -m "not slow"    quick tests, for daily work
+#   launch/test.sh -m full          the longest tests; .ci/run adds them
 #
-# Paths among the arguments are relative to the repository's root.
+# Relative paths in the arguments start at the repository's root.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs clusterq_jax.main on every host of a Cloud TPU pod slice (or on the one of
-# a single-host TPU). Needs gcloud, and a TPU VM that is there:
+# Runs clusterq_jax.main on every host of a Cloud TPU pod slice or on the host
+# of a single-host TPU. It needs gcloud and an existing TPU VM:
 #
 #   gcloud compute tpus tpu-vm create NAME --zone=ZONE \
 #     --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
 #
 #   launch/tpu_pod.sh [--dry-run] NAME ZONE FLAG...
 #
-# The last commit is what runs: it is copied to the hosts. Weights and workdir
-# are on a file system that every host has mounted.
-# --dry-run prints the commands and does nothing.
+# The script copies the last commit to the hosts and runs it. Weights and
+# workdir must be on a file system that every host mounts.
+# --dry-run prints the commands and does nothing else.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh

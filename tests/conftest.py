@@ -1,7 +1,7 @@
-"""Fixtures shared by the tests.
+"""Provides the fixtures that several test files use.
 
-Whole runs use a teacher so small that compiling is what takes time; all of them
-share one persistent compilation cache, and most assertions one finished run.
+Whole runs use a tiny teacher, so compilation takes most of their time. All runs
+share one persistent compilation cache. Most assertions share one finished run.
 """
 
 import json
@@ -34,9 +34,9 @@ from clusterq_jax.runtime.session import Session
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
-# Compiling is most of what the tests take, and takes two thirds of its time so,
-# here and in subprocesses. Tests of what must be exact in the code that users
-# run ask for `optimized`.
+# Compilation takes most of the tests' time. This option cuts that time by a
+# third, here and in subprocesses. Tests that need the exact programs of users
+# request the fixture `optimized`.
 _UNOPTIMIZED = 'jax_disable_most_optimizations'
 os.environ[_UNOPTIMIZED.upper()] = '1'
 jax.config.update(_UNOPTIMIZED, True)
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope='module')
 def optimized() -> Iterator[None]:
-  """Code is compiled as users run it, from here to the module's end."""
+  """Compiles as users do, until the end of the module."""
   os.environ[_UNOPTIMIZED.upper()] = '0'
   jax.config.update(_UNOPTIMIZED, False)
   yield
@@ -62,7 +62,7 @@ def optimized() -> Iterator[None]:
 
 @pytest.fixture
 def data_dir() -> pathlib.Path:
-  """The folder of real weights and images; the test is skipped without it."""
+  """Returns the folder of real weights and images, or skips the test."""
   folder = os.environ.get('CLUSTERQ_TEST_DATA')
   path = pathlib.Path(folder or _REPOSITORY.parent / 'shared' / 'data')
   if not path.is_dir():
@@ -100,7 +100,7 @@ def get_config():
 
 
 def _teacher_variables() -> dict[str, Any]:
-  """As if trained: stored statistics, gains and biases all off their start."""
+  """Returns variables with statistics, gains and biases as after training."""
   network = registry.builder('resnet8', num_classes=4)(float_layers.layer_set())
   shapes = jax.eval_shape(
     network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
@@ -118,7 +118,7 @@ def _teacher_variables() -> dict[str, Any]:
     return array.astype(np.float32)
 
   variables = jax.tree_util.tree_map_with_path(value, shapes)
-  # Sure of itself, and of no class more often than of the others.
+  # The teacher is confident and predicts all classes equally often.
   classifier = variables['params']['classifier']
   classifier['kernel'] *= 4
   classifier['bias'] = np.array([3.4, 3.7, 2.8, -6.9], np.float32)
@@ -127,7 +127,7 @@ def _teacher_variables() -> dict[str, Any]:
 
 @pytest.fixture(scope='session')
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """A ResNet-8 on 8x8 RGB images of 4 classes, in a weights file."""
+  """Returns the weights file of a ResNet-8 on 8x8 RGB images of 4 classes."""
   path = tmp_path_factory.mktemp('teacher') / 'teacher.safetensors'
   metadata = {
     'format': weights.FORMAT,
@@ -145,7 +145,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def tiny_config_file(tiny_teacher: pathlib.Path) -> pathlib.Path:
-  """A config file of ten steps that go through all four phases."""
+  """Returns a config file of ten steps in all four phases."""
   path = tiny_teacher.parent / 'tiny.py'
   path.write_text(_CONFIG.format(weights=str(tiny_teacher)))
   return path
@@ -163,7 +163,7 @@ def tiny_config(tiny_config_file: pathlib.Path) -> ml_collections.ConfigDict:
 def compile_cache(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, str]]:
-  """Compiled programs, shared; yields what subprocesses need to find them."""
+  """Shares compiled programs; yields the variables that subprocesses need."""
   options = {
     'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
     'jax_persistent_cache_min_compile_time_secs': 0,
@@ -172,7 +172,7 @@ def compile_cache(
   before = {name: getattr(jax.config, name) for name in options}
   for name, value in options.items():
     jax.config.update(name, value)
-  jax_cache.reset_cache()  # JAX looks at these options once
+  jax_cache.reset_cache()  # JAX reads these options only once
   yield {name.upper(): str(value) for name, value in options.items()}
   for name, value in before.items():
     jax.config.update(name, value)
@@ -181,7 +181,7 @@ def compile_cache(
 
 @pytest.fixture(scope='session')
 def spawn(compile_cache: dict[str, str]) -> Callable[..., subprocess.Popen]:
-  """Starts `python ARGUMENTS` in the repository with the shared cache."""
+  """Returns a function that starts `python ARGUMENTS` with the shared cache."""
 
   def start(*arguments: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
@@ -200,12 +200,15 @@ def spawn(compile_cache: dict[str, str]) -> Callable[..., subprocess.Popen]:
 def command(
   monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-  """Calls the command line in this process; returns (code, stdout, stderr)."""
+  """Returns a function that runs the command line in this process.
+
+  The function returns (exit code, stdout, stderr).
+  """
 
   def call(*arguments: str) -> tuple[int, str, str]:
-    # JAX has been used here: too late to become one of several processes.
+    # This process has used JAX, so it cannot join a distributed run.
     argv = ['main', '--distributed=off', *map(str, arguments)]
-    # ml_collections finds overrides of config fields here, not in what it gets.
+    # ml_collections reads overrides of config fields from sys.argv.
     monkeypatch.setattr(sys, 'argv', argv)
     capfd.readouterr()
     with flagsaver.as_parsed():
@@ -222,11 +225,14 @@ def finished(
   tiny_config_file: pathlib.Path,
   compile_cache: dict[str, str],
 ) -> types.SimpleNamespace:
-  """A whole run that nothing stopped. Tests must leave its files alone.
+  """Returns a finished run; tests must not change its files.
 
-  Attributes: config, workdir and results; session, and its steps, networks,
-  teacher and variables; key, of the steps; compiled, the functions that were
-  compiled, in order; programs, their programs by name.
+  Attributes:
+    config, workdir, results: input and output of the run.
+    session: session of the run; steps, networks, teacher, variables are its.
+    key: PRNG key of the steps.
+    compiled: compiled functions, in order.
+    programs: compiled programs, by name of the function.
   """
   run = types.SimpleNamespace(compiled=[], programs={})
   run.config = runpy.run_path(str(tiny_config_file))['get_config']()
@@ -256,7 +262,7 @@ def finished(
 
 @pytest.fixture
 def state_at(finished: types.SimpleNamespace) -> Callable[..., Any]:
-  """Reads the state out of a checkpoint: state_at(step, folder)."""
+  """Returns a function (step, folder) that restores a checkpoint."""
 
   def read(step: int, workdir: pathlib.Path = finished.workdir):
     manager = checkpoint.Checkpoints(str(workdir / 'checkpoints'))

@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, and Slurm's route for real."""
+"""Tests the commands of the launch scripts and runs the Slurm script."""
 
 import os
 import pathlib
@@ -83,8 +83,8 @@ def test_shellcheck():
   assert done.returncode == 0, done.stdout.decode()
 
 
-# Slurm's commands, as far as slurm.sh uses them; .venv's Python tells what it
-# was started with.
+# Fake Slurm commands, as far as slurm.sh uses them. The fake Python of .venv
+# prints its arguments.
 _SBATCH = """
 for option in "$@"; do
   case "$option" in
@@ -103,7 +103,7 @@ wait
 """
 _PYTHON = r"""
 if [[ "$2" == clusterq_jax.main ]]; then
-  # In one piece: two tasks print at the same time.
+  # Two tasks print at the same time, so each prints in one call.
   echo "$(printf '<%s>' "$SLURM_PROCID/$SLURM_NTASKS" \
     "$JAX_COMPILATION_CACHE_DIR" "$@")"
 fi

@@ -1,4 +1,4 @@
-"""Any number of devices, one result; and who decides on several processes."""
+"""Tests that results do not depend on the devices, and distributed startup."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from clusterq_jax.runtime import checkpoint, distributed
 
 # --- Devices -----------------------------------------------------------------
 
-# Joint steps on some of eight devices, in a process of its own.
+# Runs joint steps on some of eight devices, in a separate process.
 _PRELUDE = """
 import json, runpy, sys, types
 import jax, jax.numpy as jnp, numpy as np
@@ -59,16 +59,16 @@ class Run:
     return losses
 """
 
-# Prints the losses of five float32 steps on 1 device; of the same five from the
-# same states on 8 devices; of these with every code of the student held at its
-# value on 1 device ('held'); and for each of these the codes that 8 devices
-# would have chosen otherwise ('flips'), as distances in steps from the middle
-# between the two codes. 'codes' counts all of a step.
+# Prints the losses of five float32 steps, from the same states, in three ways:
+# on 1 device, on 8 devices, and on 8 devices with every code of the student
+# held at its value on 1 device ('held'). 'flips' lists the codes that differ on
+# 8 devices, as distances from the middle between the two codes, in quantizer
+# steps. 'codes' counts all codes of a step.
 _FLOAT32 = """
 values = {}
 
 def quantize_with(function):
-  # Only the layers' quantizers see it: `numerics` calls its own functions.
+  # Only the layers' quantizers change: `numerics` calls its own functions.
   quantizers.numerics = types.SimpleNamespace(
     **{**vars(numerics), 'fake_quant': function})
 
@@ -122,10 +122,11 @@ found['codes'] = sum(v.size for v in values.values())
 print(json.dumps(found))
 """
 
-# Prints the losses of a float64 run on 1 device ('1'), and of two runs that
+# Prints the losses of a float64 run on 1 device ('1') and of two runs that
 # change the number of devices half-way, at a checkpoint ('8 to 1', '1 to 8').
-# Only float64 allows several steps: in float32 rounding grows, since Adam's
-# first steps are the signs of gradients, even of those that are only rounding.
+# Only float64 allows several steps. In float32, rounding errors grow, because
+# Adam's first steps are signs of gradients, even of gradients that are only
+# rounding.
 _FLOAT64 = """
 jax.config.update('jax_enable_x64', True)
 half = int(sys.argv[3])
@@ -156,7 +157,10 @@ print(json.dumps(losses))
 
 @pytest.fixture
 def on_devices(spawn, tiny_config_file, tmp_path):
-  """Runs a script on eight devices; returns what it prints last, as JSON."""
+  """Returns a function that runs a script on eight devices.
+
+  The function returns the last printed line, parsed as JSON.
+  """
 
   def run(script, *arguments, **env):
     process = spawn(
@@ -167,7 +171,7 @@ def on_devices(spawn, tiny_config_file, tmp_path):
       *arguments,
       JAX_PLATFORMS='cpu',
       XLA_FLAGS='--xla_force_host_platform_device_count=8',
-      NPROC='16',  # of XLA's threads: fewer can all wait in a collective
+      NPROC='16',  # XLA threads; fewer could all block in a collective
       **env,
     )
     out, error = process.communicate(timeout=600)
@@ -197,14 +201,15 @@ def _assert_close(found, expected):
   ],
 )
 def test_a_float32_step_on_eight_devices_is_that_on_one(on_devices, isa):
-  """The losses agree, unless rounding decides between two codes.
+  """The losses agree unless rounding decides between two codes.
 
-  Which codes are so near the middle depends on the convolution kernels, hence
-  on the CPU: with AVX2 kernels one code of the fifth step is, and it changes
-  the student's loss by 0.5 %.
+  Which values lie that close to the middle between two codes depends on the
+  convolution kernels, so on the CPU. With AVX2 kernels it is one value of the
+  fifth step, and it changes the student's loss by 0.5 %.
 
   Args:
-    isa: of the convolution kernels, which XLA takes from oneDNN on x86.
+    isa: instruction set of the convolution kernels, which XLA takes from oneDNN
+      on x86.
   """
   found = on_devices(_FLOAT32, DNNL_MAX_CPU_ISA=isa)
   assert len(found['1']) == 5
@@ -213,7 +218,7 @@ def test_a_float32_step_on_eight_devices_is_that_on_one(on_devices, isa):
   assert all(distance < 1e-4 for step in flips for distance in step)
   assert sum(map(len, flips)) <= 3 < 5 * found['codes']
   alike = [i for i, step in enumerate(flips) if not step]
-  assert len(alike) >= 3  # else nothing below could fail
+  assert len(alike) >= 3  # otherwise the assertions below could not fail
   _assert_close([found['8'][i] for i in alike], [found['1'][i] for i in alike])
   for a, b in zip(found['8'], found['1'], strict=True):
     assert _close(a['generator/loss'], b['generator/loss'])
@@ -238,12 +243,12 @@ def test_eight_devices_give_the_losses_of_one(on_devices, steps):
 
 @pytest.fixture
 def initialized(monkeypatch):
-  """What jax.distributed.initialize was called with; it does nothing."""
+  """Replaces jax.distributed.initialize; returns the arguments of its calls."""
   calls = []
   monkeypatch.setattr(
     jax.distributed, 'initialize', lambda *args, **kwargs: calls.append(args)
   )
-  # It would change what happens when the tests themselves are aborted.
+  # The handler would change what happens when the tests themselves abort.
   monkeypatch.setattr(sharding, '_speak_when_aborted', lambda: None)
   for name in list(os.environ):
     if name.startswith(('SLURM_', 'OMPI_')):
@@ -273,7 +278,7 @@ def test_given_processes(initialized):
 
 
 def test_no_cluster(spawn):
-  """In a process of its own: JAX must not have been used."""
+  """Runs in a separate process, because JAX must not have been used."""
   code = (
     'from clusterq_jax import sharding; print(distributed.initialize("auto"))'
   )
@@ -317,7 +322,7 @@ def test_refusal_is_one_line(spawn, tiny_config_file, tmp_path):
   ],
 )
 def test_whom_a_failed_save_blames(monkeypatch, tmp_path, lead, kind, expected):
-  """The disk, but where the devices or another process must be at fault."""
+  """A failed save blames the disk, the devices or another process."""
   checkpoints = checkpoint.Checkpoints(str(tmp_path))
 
   def save(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Configurations: fields, presets, and what is refused."""
+"""Defines, checks and stores configurations."""
 
 from clusterq_jax.config.fields import Config
 from clusterq_jax.config.presets import (

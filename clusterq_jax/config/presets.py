@@ -1,6 +1,6 @@
-"""The configs that config files start from.
+"""Makes the configs that config files start from.
 
-The short recipe is the defaults of `fields.py`. The paper's values are here.
+The defaults in `fields.py` are the short recipe. The paper's values are here.
 """
 
 import dataclasses
@@ -14,7 +14,11 @@ from clusterq_jax.config import fields
 
 
 def kind_of(annotation: Any) -> type:
-  """Returns int, float, bool, str or tuple for a field's annotation."""
+  """Returns the type of a field's values: int, float, bool, str or tuple.
+
+  Args:
+    annotation: annotation of the field, such as `int | None`.
+  """
   options = [a for a in typing.get_args(annotation) if a is not type(None)]
   origin = typing.get_origin(annotation)
   if origin is tuple:
@@ -38,18 +42,19 @@ def _config_dict(section: Any) -> ml_collections.ConfigDict:
 def default_config() -> ml_collections.ConfigDict:
   """Returns the short recipe on the embedded teacher.
 
-  The recipe takes minutes on two CPU cores. It departs from the paper as
-  docs/method.md explains. `config.budget` makes it longer or shorter.
+  The recipe takes minutes on two CPU cores. docs/method.md explains where it
+  departs from the paper. `config.budget` makes the run longer or shorter.
   """
   return _config_dict(fields.Config()).lock()
 
 
 def imagenet_config() -> ml_collections.ConfigDict:
-  """Returns the short recipe for 224 x 224 pixels, at 4-bit weights (W4A8).
+  """Returns the short recipe for 224 x 224 pixels, at W4A8.
 
-  Two CPU cores carry it: the generator has few channels at the highest
-  resolution, a batch has 16 images, and a run is a sixth as long. Learning
-  rates follow the batch. Values are those of EfficientNet-Lite0.
+  Two CPU cores can run it. The generator has few channels at the highest
+  resolution, a batch has 16 images, and a run is a sixth as long. The student's
+  learning rates are a quarter of the recipe's, like the batch. The values were
+  chosen on EfficientNet-Lite0.
   """
   config = default_config()
   config.budget = 1 / 6
@@ -65,7 +70,11 @@ def imagenet_config() -> ml_collections.ConfigDict:
 
 
 def paper_config() -> ml_collections.ConfigDict:
-  """Returns the paper's values for CIFAR (arXiv 2205.00179, section IV)."""
+  """Returns the paper's values for CIFAR.
+
+  References:
+    ClusterQ, arXiv 2205.00179, section IV.
+  """
   config = default_config()
   config.checkpoint_every = 1000
   config.quant.placement = 'paper'
@@ -102,7 +111,11 @@ def paper_config() -> ml_collections.ConfigDict:
 
 
 def paper_imagenet_config() -> ml_collections.ConfigDict:
-  """Returns the paper's values for ImageNet."""
+  """Returns the paper's values for ImageNet.
+
+  References:
+    ClusterQ, arXiv 2205.00179, section IV.
+  """
   config = paper_config()
   config.teacher.num_classes = 1000
   config.generator.conditional = True

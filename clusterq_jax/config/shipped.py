@@ -6,7 +6,7 @@ import pathlib
 from clusterq_jax.errors import InputError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
-# In the wheel, and in a checkout.
+# The first folder exists in the wheel, the second in a checkout.
 _FOLDERS = (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
 _MOVED = {
   'cifar10_resnet20': 'paper/cifar10_resnet20',
@@ -43,11 +43,11 @@ def find(config: str) -> str:
       if config in names() and file.exists():
         return str(file)
   if stem in _MOVED:
-    hint = f"the paper's schedule is --config={_MOVED[stem]} now"
+    hint = f"the paper's schedule moved to --config={_MOVED[stem]}"
     if f'{stem}_fast' in names():
-      hint += f', the short recipe --config={stem}_fast'
+      hint += f'; the short recipe is --config={stem}_fast'
   else:
     close = difflib.get_close_matches(stem, names(), n=1)
     hint = f'did you mean --config={close[0]}? ' if close else ''
-    hint += f'Shipped configs are {", ".join(names())}'
+    hint += f'The shipped configs are {", ".join(names())}'
   raise InputError(f'--config={config}: no such file; {hint}')

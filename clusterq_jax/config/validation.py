@@ -1,8 +1,9 @@
-"""From the config that a user sets to the values that a run uses."""
+"""Turns the config that a user sets into the values that a run uses."""
 
 import dataclasses
 import json
 import math
+import textwrap
 import typing
 from typing import Any
 
@@ -10,23 +11,27 @@ import ml_collections
 from flax import traverse_util
 
 from clusterq_jax.config import fields, presets
-from clusterq_jax.config.fields import Config, Meaning
+from clusterq_jax.config.fields import Config
+from clusterq_jax.config.meaning import Meaning
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
 
-# Version of config.json. Older files hold other fields.
+# Version of config.json. Files of other versions hold other fields.
 SCHEMA = 2
 # Sections that may differ between runs of one workdir.
 FREE_SECTIONS = ('dryrun', 'eval', 'export', 'report')
-# Activation ranges of the last stage are widened more where codes are many.
+# Default of quant.headroom by activation bits; more bits allow wider ranges.
 _HEADROOM = {2: 0.0, 3: 0.1}
 _MOST_HEADROOM = 0.2
 
 _MEANINGS = fields.meanings()
+_WRAPPER = textwrap.TextWrapper(
+  width=80, initial_indent='    ', subsequent_indent='    '
+)
 
 
 def flatten(config: ml_collections.ConfigDict | Config) -> dict[str, Any]:
-  """Returns dotted field name to value."""
+  """Returns the values of all fields, by dotted name."""
   if isinstance(config, Config):
     tree = dataclasses.asdict(config)
   else:
@@ -35,13 +40,13 @@ def flatten(config: ml_collections.ConfigDict | Config) -> dict[str, Any]:
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
-  """Checks a config and fills in the values that follow from others.
+  """Checks a config and fills in the values that follow from other fields.
 
   Args:
-    config: from `presets.default_config()`, changed.
+    config: a changed `presets.default_config()`.
 
   Raises:
-    InputError: it names the field, the value found and what was expected.
+    InputError: a field is unknown or missing, or its value is not accepted.
   """
   values = flatten(config)
   _check_names(values)
@@ -75,7 +80,7 @@ def _check_names(values: dict[str, Any]) -> None:
 
 
 def _types() -> dict[str, tuple[type, bool, bool]]:
-  """Returns by field: its type, whether None is accepted, and whole numbers."""
+  """Returns (type, whether None is accepted, whether integer) by field."""
   found = {}
   for outer in dataclasses.fields(Config):
     section: Any = outer.default
@@ -92,7 +97,7 @@ _TYPES = _types()
 
 
 def _is_number(value: Any) -> bool:
-  """Whether it is a finite number, of 32 bits if it is an integer."""
+  """Tells whether a value is a finite float or a 32-bit integer."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     return False
   if isinstance(value, int):
@@ -101,7 +106,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _checked(name: str, value: Any) -> Any:
-  """Returns a field's value, lists as tuples."""
+  """Checks the value of a field and returns it; lists become tuples."""
   kind, optional, whole = _TYPES[name]
   if value is None and optional:
     return None
@@ -145,7 +150,7 @@ def _fill_in(values: dict[str, Any]) -> None:
     'quant.first_weight_bits': values['quant.weight_bits'],
     'quant.last_weight_bits': values['quant.weight_bits'],
     'quant.headroom': _HEADROOM.get(bits, _MOST_HEADROOM),
-    # The fewer bits, the more a student can err.
+    # At fewer bits, student and teacher differ more, so larger steps help.
     'augment.adversarial': (8 - bits) / 40,
   }
   for name, meaning in _MEANINGS.items():
@@ -155,7 +160,7 @@ def _fill_in(values: dict[str, Any]) -> None:
     following[name] if values[name] is None else values[name]
     for name in ('schedule.generator_steps', 'schedule.joint_steps')
   ]
-  # Not more batches than the generator makes.
+  # The pool holds at most the batches that the generator makes.
   pool = following['schedule.pool_batches']
   following['schedule.pool_batches'] = min(pool, sum(filled))
   for name, value in following.items():
@@ -164,7 +169,7 @@ def _fill_in(values: dict[str, Any]) -> None:
 
 
 def _check_schedule(values: dict[str, Any]) -> None:
-  """Refuses values that do not fit together."""
+  """Refuses fields whose values do not fit together."""
   if len(values['generator.channels']) < 2:
     raise InputError(
       f'config.generator.channels={values["generator.channels"]!r}: expected 2 '
@@ -177,37 +182,37 @@ def _check_schedule(values: dict[str, Any]) -> None:
   pool = values['schedule.pool_batches']
   if not joint and not student:
     raise InputError(
-      'config.schedule.joint_steps=0 and student_steps=0: the student would '
-      'never train; expected one above 0'
+      'config.schedule.joint_steps=0 and config.schedule.student_steps=0: the '
+      'student would never train; expected one of them above 0'
     )
   if student and not 0 < pool <= filled:
     raise InputError(
-      f'config.schedule.pool_batches={pool}: student_steps draw from it; '
+      f'config.schedule.pool_batches={pool}: student steps draw from the pool; '
       f'expected 1 to generator_steps + joint_steps = {filled}'
     )
   if values['generator.workdir'] and joint:
     raise InputError(
-      f'config.generator.workdir={values["generator.workdir"]!r}: joint steps '
-      'move generator and student together; expected '
-      'config.schedule.joint_steps=0'
+      f'config.generator.workdir={values["generator.workdir"]!r} with '
+      f'config.schedule.joint_steps={joint}: joint steps would train the '
+      'generator; expected config.schedule.joint_steps=0'
     )
 
 
 def to_json(config: Config) -> dict[str, Any]:
-  """Returns what config.json holds: the schema's version and every value."""
+  """Returns the content of config.json: the schema and every value."""
   values = json.loads(json.dumps(dataclasses.asdict(config)))
   return {'schema': SCHEMA, **values}
 
 
 def from_json(stored: dict[str, Any], where: str) -> Config:
-  """Returns the config that config.json holds.
+  """Returns the config that a config.json stores.
 
   Args:
-    stored: contents of the file.
-    where: the workdir, for the error.
+    stored: content of the file.
+    where: workdir, for the error message.
 
   Raises:
-    InputError: the file is of another version, or damaged.
+    InputError: the file is damaged or has another schema.
   """
   check_schema(stored, where)
   config = presets.default_config()
@@ -220,25 +225,29 @@ def from_json(stored: dict[str, Any], where: str) -> Config:
 
 
 def check_schema(stored: dict[str, Any], where: str) -> None:
-  """Refuses the config.json of another version.
+  """Refuses a config.json with another schema.
+
+  Args:
+    stored: content of the file.
+    where: workdir, for the error message.
 
   Raises:
-    InputError: it names both versions.
+    InputError: the file has another schema.
   """
   if stored.get('schema') != SCHEMA:
     raise InputError(
       f'{where}: config.json has schema {stored.get("schema")!r}, expected '
-      f'{SCHEMA}: the run is of another version of clusterq-jax; choose '
-      'another workdir (its student.safetensors still loads)'
+      f'{SCHEMA}: another version of clusterq-jax made the run; choose another '
+      'workdir (the student.safetensors of the run still loads)'
     )
 
 
 def differences(stored: dict[str, Any], config: Config) -> list[str]:
-  """Returns training fields that differ, as 'field: old -> new'.
+  """Returns the training fields that differ, as 'field: old -> new'.
 
   Args:
-    stored: contents of config.json.
-    config: the new one.
+    stored: content of config.json.
+    config: resolved config to compare with it.
   """
   before = traverse_util.flatten_dict(stored, sep='.')
   after = traverse_util.flatten_dict(to_json(config), sep='.')
@@ -251,7 +260,11 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
 
 
 def describe(config: Config) -> str:
-  """Returns every resolved value with its meaning, a section a block."""
+  """Formats every value with its meaning, at most 80 columns per line.
+
+  Args:
+    config: resolved config.
+  """
   lines, section = [], ''
   for name, value in flatten(config).items():
     outer = name.rpartition('.')[0]
@@ -259,5 +272,5 @@ def describe(config: Config) -> str:
       lines.append('')
       section = outer
     lines.append(f'{name} = {value!r}')
-    lines.append(f'    {_MEANINGS[name].doc}')
+    lines.append(_WRAPPER.fill(_MEANINGS[name].doc))
   return '\n'.join(lines)

@@ -1,8 +1,9 @@
-"""A network that this project does not know: a variant of ResNet-20.
+"""Example of your own network: a variant of ResNet-20.
 
-Wider stem, a convolution as shortcut in the first block of every stage, no
-activation after an add but at the end of a stage, a classifier on averages of
-4x4 windows. `register` makes it known; see docs/networks.md.
+It differs from ResNet-20 in four ways: a wider stem, a convolution as shortcut
+in the first block of every stage, no activation after an add except at the end
+of a stage, and a classifier on averages of 4x4 windows. `register` makes it
+known to the package; see docs/networks.md.
 """
 
 import jax
@@ -12,11 +13,11 @@ import clusterq_jax as cq
 
 
 class Variant(nn.Module):
-  """Three stages of three blocks at 16, 32 and 64 channels, for 32x32 pixels.
+  """Network of three stages with three blocks each, for 32x32 pixels.
 
   Attributes:
-    layers: what the network is built from.
-    num_classes: length of the logits.
+    layers: layers to build the network from, float or fake-quantized.
+    num_classes: number of classes K.
   """
 
   layers: cq.LayerSet
@@ -24,7 +25,7 @@ class Variant(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Images [B, 32, 32, 3] to logits [B, num_classes]."""
+    """Maps images [B, 32, 32, 3] to logits [B, K]."""
     layers = self.layers
     x = layers.input(name='input')(x)
     x = layers.conv_bn(64, 3, act='relu', name='stem')(x)
@@ -46,8 +47,9 @@ class Variant(nn.Module):
     return layers.dense(self.num_classes, name='classifier')(x)
 
 
-# Layer, or its name after the block's -> what the weights file calls its
-# convolution and its BatchNorm; {s} is the stage from 1, {i} the block from 0.
+# Names in the weights file of each layer's convolution and BatchNorm. Keys are
+# layer names without the block's prefix. {s} is the stage, from 1, and {i} the
+# block, from 0.
 _ROWS = {
   'stem': ('conv1', 'bn1'),
   'conv1': ('layer{s}.{i}.conv1', 'layer{s}.{i}.bn1'),

@@ -5,23 +5,24 @@ Paper: ClusterQ, arXiv 2205.00179 (table I: 67.09 % from a teacher of 70.33 %).
     python -m clusterq_jax.main --config=configs/paper/cifar100_resnet20.py \
         --workdir=runs/paper_cifar100_resnet20
 
-Needs weights/resnet20_cifar100.pth: save the state dict of pytorchcv's
+It needs weights/resnet20_cifar100.pth: save the state dict of pytorchcv's
 get_model("resnet20_cifar100", pretrained=True) with torch.save.
 
-10,000 warm-up and 70,000 joint steps of 200 images want an accelerator. Not run
-here to the end: accuracy and time are unknown.
+The run has 10,000 warm-up steps and 70,000 joint steps of 200 images, so it
+needs an accelerator. It has not been run to its end: accuracy and time are
+unknown.
 """
 
 import clusterq_jax as cq
 
 
 def get_config():
-  """Takes every number from the paper and adds the teacher."""
+  """Returns the paper's values with the teacher's weights."""
   config = cq.paper_config()
   config.teacher.weights = 'weights/resnet20_cifar100.pth'
   config.teacher.num_classes = 100
   config.teacher.image_size = (32, 32)
-  # pytorchcv trains its CIFAR networks with these.
+  # pytorchcv trains its CIFAR networks with these values.
   config.teacher.mean = (0.4914, 0.4822, 0.4465)
   config.teacher.std = (0.2023, 0.1994, 0.2010)
   return config

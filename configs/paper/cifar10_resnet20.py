@@ -5,18 +5,19 @@ Paper: ClusterQ, arXiv 2205.00179 (table I: 92.06 % from a teacher of 93.89 %).
     python -m clusterq_jax.main --config=configs/paper/cifar10_resnet20.py \
         --workdir=runs/paper_cifar10_resnet20
 
-Needs weights/resnet20-12fca82f.th: download it from pretrained_models/ of
+It needs weights/resnet20-12fca82f.th: download it from pretrained_models/ of
 https://github.com/akamaster/pytorch_resnet_cifar10.
 
-10,000 warm-up and 70,000 joint steps of 200 images want an accelerator. Not run
-here to the end: accuracy and time are unknown.
+The run has 10,000 warm-up steps and 70,000 joint steps of 200 images, so it
+needs an accelerator. It has not been run to its end: accuracy and time are
+unknown.
 """
 
 import clusterq_jax as cq
 
 
 def get_config():
-  """Takes every number from the paper and adds the teacher."""
+  """Returns the paper's values with the teacher's weights."""
   config = cq.paper_config()
   config.teacher.weights = 'weights/resnet20-12fca82f.th'
   config.teacher.num_classes = 10

@@ -5,17 +5,18 @@ Paper: ClusterQ, arXiv 2205.00179 (no figure for this network).
     python -m clusterq_jax.main --config=configs/paper/resnet50.py \
         --workdir=runs/paper_resnet50
 
-Needs weights/resnet50.pth, from torchvision.
+It needs weights/resnet50.pth from torchvision.
 
-10,000 warm-up and 70,000 joint steps of 16 images want an accelerator. Not run
-here to the end: accuracy and time are unknown.
+The run has 10,000 warm-up steps and 70,000 joint steps of 16 images, so it
+needs an accelerator. It has not been run to its end: accuracy and time are
+unknown.
 """
 
 import clusterq_jax as cq
 
 
 def get_config():
-  """Takes every number from the paper and adds the teacher."""
+  """Returns the paper's values with the teacher's weights."""
   config = cq.paper_imagenet_config()
   config.teacher.arch = 'resnet50'
   config.teacher.weights = 'weights/resnet50.pth'

@@ -33,9 +33,9 @@ def test_a_path_stays(monkeypatch, tmp_path):
     ('resnet1', r'did you mean --config=resnet18\?.*paper/resnet50'),
     ('absent.py', 'no such file; '),
     ('../configs/resnet18', 'no such file'),
-    ('configs/cifar10_resnet20.py', '--config=paper/cifar10_resnet20 now'),
+    ('configs/cifar10_resnet20.py', 'moved to --config=paper/cifar10_resnet20'),
     ('cifar10_resnet20', '--config=cifar10_resnet20_fast'),
-    ('cifar100_resnet20', '--config=paper/cifar100_resnet20 now'),
+    ('cifar100_resnet20', 'moved to --config=paper/cifar100_resnet20'),
   ],
 )
 def test_what_is_not_there(config, message):

@@ -85,9 +85,11 @@ def test_the_presets_leave_nothing_to_the_budget():
 
 def test_description_has_every_field():
   text = config_lib.describe(config_lib.resolve(config_lib.default_config()))
+  words = ' '.join(text.split())
   for field, meaning in _MEANINGS.items():
     assert f'\n{field} = ' in f'\n{text}'
-    assert meaning.doc in text
+    assert meaning.doc in words
+  assert max(map(len, text.splitlines())) <= 80
 
 
 # --- What is refused ---------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The integer network, against int64 arithmetic, the student and a runtime."""
+"""Tests the integer network against int64 sums, student and ONNX Runtime."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ def _bits(weights, activations):
 
 
 def _student(source, bits, learned=True):
-  """The teacher's own weights, every step set from some images."""
+  """Returns a student with the teacher's weights and steps from images."""
   plan = plan_lib.make_plan(
     source.graph, bits, learned, source.preprocessing.limit
   )
@@ -64,7 +64,7 @@ def embedded():
 
 @pytest.fixture(scope='module')
 def quantized(embedded):
-  """(weight bits, activation bits) to a student of the embedded teacher."""
+  """Returns a student of the embedded teacher for (weight, activation) bits."""
   return functools.cache(lambda *bits: _student(embedded, _bits(*bits)))
 
 
@@ -75,7 +75,7 @@ def test_images():
 
 @pytest.fixture(scope='module')
 def integer_logits(quantized, test_images):
-  """(weight bits, activation bits) to logits of the first 1,000 images."""
+  """Returns logits of the first 1,000 images for (weight, activation) bits."""
 
   def logits(*bits):
     folded = quantized(*bits).integer()
@@ -85,7 +85,7 @@ def integer_logits(quantized, test_images):
 
 
 class _Mobile(nn.Module):
-  """What ResNets for small images have not got."""
+  """Network of operations that ResNets for small images lack."""
 
   layers: protocol.LayerSet
 
@@ -104,7 +104,7 @@ class _Mobile(nn.Module):
 
 
 class _Windows(nn.Module):
-  """Averages of windows, signed and not; a signed residual stream."""
+  """Network with signed and unsigned average pools and a signed residual."""
 
   layers: protocol.LayerSet
 
@@ -124,12 +124,12 @@ _OTHERS = {'mobile': _Mobile, 'windows': _Windows}
 
 
 def _tiny(kind='conv', order='rgb', channels=3):
-  """Gains of both signs, one of them almost zero.
+  """Returns a small student with BatchNorm gains of both signs and near zero.
 
   Args:
-    kind: of shortcut, of a ResNet; or one of the networks above.
-    order: of channels.
-    channels: of the input.
+    kind: kind of a ResNet's shortcut, or one of the networks above.
+    order: channel order of the input.
+    channels: number of input channels.
   """
   build: registry.Builder
   if kind in _OTHERS:
@@ -189,7 +189,8 @@ _FLOAT = {
 def _session(model, optimized=None):
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = 1
-  # Exact on CPUs without VNNI too, whose kernels for 8-bit weights saturate.
+  # This option is exact on CPUs without VNNI as well, where the default kernels
+  # for 8-bit weights saturate.
   options.add_session_config_entry('session.x64quantprecision', '1')
   if optimized is not None:
     options.optimized_model_filepath = str(optimized)
@@ -245,8 +246,8 @@ def test_runtime_agrees_at_any_bits(
   model = onnx_layers.integer_model(folded, {})
   ours = jax.jit(folded.logits)(images)
   np.testing.assert_array_equal(ours, _run(model, images))
-  assert np.ptp(ours, 0).min() > 0  # the images do matter
-  # Any batch size.
+  assert np.ptp(ours, 0).min() > 0  # the logits depend on the images
+  # The model accepts any batch size.
   np.testing.assert_array_equal(ours[:1], _run(model, images[:1]))
 
 
@@ -259,7 +260,7 @@ def test_zero_points_move_the_codes():
     low = 128 - zeros[-1]
     assert folded.layers[name].grid[1:] == (128, low, low + 15)
   assert zeros != [8, 8]  # as the tests of the runtime above have them
-  # A byte has no room for more.
+  # A byte cannot hold larger codes.
   assert folded.layers['add'].grid[1:] == (128, 0, 255)
 
 
@@ -280,12 +281,12 @@ def test_every_convolution_runs_in_integers(
   found = collections.Counter(
     node.op_type for node in onnx.load(optimized).graph.node
   )
-  # An average of windows is a convolution with ones.
+  # An average pool is a convolution with ones.
   assert found['QLinearConv'] == len(network.graph.batch_norms) + windows
   assert found['QGemm'] == 1
   assert found['QLinearAdd'] == adds
   assert found['QLinearGlobalAveragePool'] == pools
-  # In float: nothing but the normalisation of pixels, up to one quantizer.
+  # Only the normalisation of pixels, up to one quantizer, runs in float.
   assert not found.keys() & _FLOAT
   assert found['QuantizeLinear'] == 1
   assert not found['DequantizeLinear']
@@ -345,7 +346,7 @@ def test_float_twin_with_other_layers(kind, order):
 def test_agrees_with_the_student(
   quantized, integer_logits, test_images, bits, least
 ):
-  """Rounding of biases, and of sums in another order, is all that differs."""
+  """Student and integer network differ only by rounding of biases and sums."""
   fake = jax.jit(quantized(*bits).logits)(test_images.images[:1000])
   real = integer_logits(*bits)
   assert np.mean(np.argmax(fake, -1) == real.argmax(-1)) >= least
@@ -354,7 +355,7 @@ def test_agrees_with_the_student(
 @pytest.mark.slow
 @pytest.mark.parametrize('learned', [True, False])
 def test_settled_weights(embedded, test_images, learned):
-  """The student answers as the integer network, to float rounding."""
+  """The student's logits equal the integer network's up to float rounding."""
   network = _student(embedded, _bits(4, 4), learned)
   settled = dict(network.variables)
   settled['params'] = quantizers.settle(network.plan, settled)
@@ -374,8 +375,8 @@ def test_settled_weights(embedded, test_images, learned):
     if layer.weights is not None:
       np.testing.assert_array_equal(other.weights.codes, layer.weights.codes)
       np.testing.assert_array_equal(other.weights.bias, layer.weights.bias)
-  # The bias of a convolution, that of BatchNorm included: whole in units of a
-  # sum.
+  # The bias of a convolution with BatchNorm folded in is an integer multiple of
+  # the unit of the sums.
   node = folded.graph.node('stage2_block1_conv2')
   _, _, bias = fold.fold_batch_norm(settled, node)
   unit = (
@@ -393,7 +394,7 @@ def test_settled_weights(embedded, test_images, learned):
 
 
 def test_wide_sums_are_exact():
-  """Sums past 2^24, where float32 alone would round."""
+  """Sums above 2^24 are exact, although float32 alone would round them."""
   random = np.random.RandomState(0)
   source = _tiny('conv')
   folded = _student(source, _bits(8, 8)).integer()
@@ -457,7 +458,7 @@ def test_wide_layers_are_found():
   source = _tiny('conv')
   kernel = source.variables['params']['stage3_block1_conv2']['kernel']
   assert not _wide(_student(source, _bits(8, 8)))
-  # Equal weights are all at the largest code: 64 * 9 * 127 * 255 > 2^24.
+  # Equal weights all have the largest code: 64 * 9 * 127 * 255 > 2^24.
   source.variables['params']['stage3_block1_conv2']['kernel'] = np.ones_like(
     kernel
   )
@@ -467,7 +468,7 @@ def test_wide_layers_are_found():
 
 @pytest.mark.slow
 def test_small_codes_are_scaled_up(quantized):
-  """So that the bias, in units of one code, is finer; and cannot saturate."""
+  """Larger codes make the unit of the bias finer, but must not saturate."""
   student44 = quantized(4, 4).integer()
   assert student44.layers['stage2_block1_conv1'].weights.factor == 18
   assert student44.layers['stem'].weights.factor == 9  # its input has 8 bits

@@ -1,4 +1,4 @@
-"""Bad input: one clear line, exit code 2, nothing lost."""
+"""Tests that bad input ends with one clear line and exit code 2."""
 
 import errno
 import importlib
@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from clusterq_jax import weights
-from clusterq_jax.config import fields, validation
+from clusterq_jax.config import validation
+from clusterq_jax.config.meaning import Bounds
 from clusterq_jax.runtime import metrics
 
 
 def _refused(outcome, *expected):
-  """One line on stderr that names what is wrong, and nothing else."""
+  """Asserts that stderr holds exactly one line, which names the problem."""
   code, out, error = outcome
   assert code == 2, (out, error)
   assert error.startswith('error: '), error
@@ -32,7 +33,7 @@ def _refused(outcome, *expected):
 
 @pytest.fixture
 def run(command, tiny_config_file, tmp_path):
-  """Runs the tiny config with more flags in a workdir of its own."""
+  """Returns a function that runs the tiny config with further flags."""
 
   def call(*flags):
     return command(
@@ -108,8 +109,8 @@ def test_help(command):
     assert said in out
   assert out.count('clusterq --config=') >= 4  # usage and examples
   assert 'paper/resnet18' in out
-  assert max(map(len, out.splitlines())) <= 80
   assert 'Folder of the run' in out
+  assert max(map(len, out.splitlines())) <= 80
 
 
 def test_one_machine_has_nothing_to_say_of_others(spawn, tmp_path):
@@ -211,7 +212,7 @@ def test_damaged_stored_config(run, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A folder in a file system with room for one checkpoint and a half."""
+  """Yields a folder on a file system with room for 1.5 checkpoints."""
   folder = tmp_path / 'disk'
   folder.mkdir()
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=1100k', 'tmpfs', str(folder)]
@@ -239,7 +240,7 @@ def test_full_disk(finished, command, tiny_config_file, small_disk, state_at):
   assert 'cannot be written' in lines[0]
   assert os.strerror(28) in lines[0]
   assert 'Traceback' not in out + error
-  # What was whole before is whole still.
+  # Complete files stay complete.
   failed = int(re.search(r'checkpoint (\d+) cannot', lines[0])[1])
   assert failed > 0
   assert state_at(failed - 2, workdir).step == failed - 2
@@ -258,7 +259,7 @@ def test_full_disk(finished, command, tiny_config_file, small_disk, state_at):
 
 
 def test_full_disk_for_a_line_of_metrics(small_disk):
-  """A file system gives whole pages, so that the last line is cut short."""
+  """A file system allocates whole pages, so the last line is incomplete."""
   path = small_disk / 'metrics.jsonl'
   log = metrics.MetricsFile(path, 0)
   (small_disk / 'full').write_bytes(bytes(1000 * 1024))
@@ -346,9 +347,9 @@ def test_missing_evaluation_images(run, tmp_path):
 def test_loss_that_is_no_longer_finite(
   finished, run, tmp_path, state_at, monkeypatch
 ):
-  # No rate within the bounds makes so small a network diverge so early.
+  # No learning rate within the bounds makes such a small network diverge early.
   meaning = validation._MEANINGS['generator.lr']
-  unbounded = meaning._replace(bounds=fields.Bounds(0, 1e38))
+  unbounded = meaning._replace(bounds=Bounds(0, 1e38))
   monkeypatch.setitem(validation._MEANINGS, 'generator.lr', unbounded)
   code, out, error = run('--config.generator.lr=1e30')
   lines = [line for line in error.splitlines() if line.startswith('error: ')]
@@ -362,7 +363,7 @@ def test_loss_that_is_no_longer_finite(
   assert names == {'0'}
   assert state_at(0, workdir).bad_step == -1
   assert not (workdir / 'student.safetensors').exists()
-  # Lines before it would be finite and stay; there is none.
+  # Finite lines before the failed step would stay, but there are none.
   assert (workdir / 'metrics.jsonl').read_text() == ''
 
 

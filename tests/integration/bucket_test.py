@@ -1,4 +1,4 @@
-"""Runs in a bucket, of a server on this machine that speaks as the cloud's."""
+"""Tests runs in a bucket of a local server that emulates the cloud's."""
 
 import http.server
 import json
@@ -20,25 +20,25 @@ def _free_port():
 
 @pytest.fixture(scope='module')
 def bucket():
-  """The files in a bucket, as fsspec shows them.
+  """Returns the file system of the bucket.
 
-  One for all tests: the libraries keep what they once found.
+  All tests share one server, because the libraries cache its address.
   """
   with pytest.MonkeyPatch.context() as patch:
-    # gcsfs looks at it once. The server does not speak what it is about.
+    # gcsfs reads this variable once; the server does not support the feature.
     patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     gcsfs = pytest.importorskip('gcsfs', reason='pip install gcsfs')
     emulator = pytest.importorskip(
       'gcp_storage_emulator.server', reason='pip install gcp-storage-emulator'
     )
-    # Nobody is asked for credentials: here, and in other processes.
+    # Neither this process nor its children look for credentials.
     patch.setitem(fsspec.config.conf, 'gcs', {'token': 'anon'})
     patch.setenv('FSSPEC_GCS_TOKEN', 'anon')
     patch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'none')  # TensorStore
     port = _free_port()
     for name in 'STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL':
       patch.setenv(name, f'http://localhost:{port}')
-    # Else connections wait for a second where several come at once.
+    # Simultaneous connections would otherwise wait for a second.
     patch.setattr(http.server.HTTPServer, 'request_queue_size', 128)
     gcsfs.GCSFileSystem.clear_instance_cache()
     with emulator.create_server(
@@ -59,7 +59,7 @@ def test_killed_resumed_and_evaluated(
   bucket, finished, spawn, command, tiny_config_file, tmp_path
 ):
   flags = f'--config={tiny_config_file}', '--workdir=gs://bucket/runs/a'
-  # A killed run leaves its copy there.
+  # A killed run leaves its local copy in this folder.
   process = spawn('-m', 'clusterq_jax.main', *flags, TMPDIR=str(tmp_path))
   mark = 'bucket/runs/a/checkpoints/4/commit_success.txt'
   _wait(process, lambda: bucket.exists(mark))
@@ -101,7 +101,7 @@ def test_killed_resumed_and_evaluated(
 
 
 def test_several_processes(bucket, spawn, tiny_config_file, tmp_path):
-  """One is killed; the same command goes on, and ends."""
+  """Kills one process, then resumes with the same command."""
 
   def start():
     address = f'localhost:{_free_port()}'
@@ -115,7 +115,7 @@ def test_several_processes(bucket, spawn, tiny_config_file, tmp_path):
         f'--process_id={i}',
         f'--config={tiny_config_file}',
         '--workdir=gs://bucket/runs/b',
-        # Few programs to compile: those of distributed_test.py.
+        # The programs are the same as in distributed_test.py, so few compile.
         '--config.schedule.warmup_steps=0',
         '--config.schedule.generator_steps=0',
         '--config.schedule.joint_steps=15',

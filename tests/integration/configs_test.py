@@ -1,4 +1,4 @@
-"""Every shipped config goes through each phase."""
+"""Tests that every shipped config runs a step of each phase."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ _PAPER = json.loads("""[
 
 
 def _shrunk(path):
-  """The config with a step of each phase that it has."""
+  """Returns the config with one step in each of its phases."""
   config = runpy.run_path(str(path))['get_config']()
   s = config_lib.resolve(config).schedule
   for name in ('warmup_steps', 'generator_steps', 'joint_steps'):
@@ -47,7 +47,7 @@ def _shrunk(path):
 
 
 def _session(config):
-  """Its session, with random weights in place of the config's own."""
+  """Returns the session of the config, with random weights."""
   resolved = config_lib.resolve(config)
   arch = resolved.teacher.arch
   classes = resolved.teacher.num_classes or 10
@@ -115,7 +115,7 @@ def test_the_paper_computes_the_losses_of_the_first_edition():
       found.append({name: float(value) for name, value in metrics.items()})
   for expected, metrics in zip(_PAPER, found, strict=True):
     for name, value in expected.items():
-      # Later steps carry the rounding of earlier ones on.
+      # Rounding differences of early steps grow in later steps.
       assert metrics[name] == pytest.approx(value, rel=2e-2), name
   for name, value in _PAPER[0].items():
     assert found[0][name] == pytest.approx(value, rel=1e-4), name

@@ -1,6 +1,7 @@
-"""Several processes on this machine: one result, one writer, none left alone.
+"""Tests distributed runs: results, files, and the loss of a process.
 
-They speak over loopback, with XLA's CPU collectives (gloo).
+The processes run on this machine and communicate over loopback, with XLA's CPU
+collectives (Gloo).
 """
 
 import json
@@ -22,7 +23,7 @@ _FLAGS = (
 )
 
 
-# JAX asks for the TPU's library before it believes the variables of GKE.
+# JAX requires the TPU library before it trusts GKE's variables.
 _ON_GKE = """
 import runpy
 from jax._src.clusters import cloud_tpu_cluster
@@ -66,7 +67,7 @@ def _free_port():
 
 
 def _found_by(how, port, i, count):
-  """How process i finds the others: Python's arguments, and variables."""
+  """Returns Python arguments and variables that connect process i."""
   if how == 'flags':
     return (
       '-m',
@@ -84,7 +85,7 @@ def _found_by(how, port, i, count):
       'MEGASCALE_COORDINATOR_ADDRESS': 'localhost',
       'MEGASCALE_NUM_SLICES': '1',
       'MEGASCALE_SLICE_ID': '0',
-      'TPU_SKIP_MDS_QUERY': '1',  # there is no metadata server here
+      'TPU_SKIP_MDS_QUERY': '1',  # this machine has no metadata server
     }
   return ('-m', 'clusterq_jax.main'), variables | {
     'SLURM_JOB_ID': '7',
@@ -97,7 +98,7 @@ def _found_by(how, port, i, count):
 
 @pytest.fixture
 def start(spawn, tiny_config_file, tmp_path):
-  """Starts the processes of a run in tmp_path / 'run'; returns them."""
+  """Returns a function that starts the processes of a run."""
   started = []
 
   def call(how, count=2):
@@ -123,7 +124,7 @@ def start(spawn, tiny_config_file, tmp_path):
 
 @pytest.fixture
 def logged(tmp_path):
-  """Reads the losses logged so far, by step."""
+  """Returns a function that reads the losses logged so far, by step."""
 
   def read():
     file = tmp_path / 'run' / 'metrics.jsonl'
@@ -141,13 +142,13 @@ def _wait(process, condition):
 
 
 def _end(processes):
-  """Exit codes and what was said on stderr, in order of the processes."""
+  """Returns the exit codes and the stderr texts of the processes."""
   said = [process.communicate(timeout=300)[1] for process in processes]
   return [process.returncode for process in processes], said
 
 
 def _reference(finished):
-  """Losses of one process: the finished run's programs, from the start."""
+  """Returns the losses of one process with the finished run's programs."""
   run = finished.programs
   run_keys = finished.session.keys
   train, calibration = run_keys['train'], run_keys['calibration']
@@ -164,7 +165,7 @@ def _reference(finished):
 
 
 def _assert_finished(folder, losses, finished, count):
-  """All steps are logged, by `count` processes, with the losses of one."""
+  """Asserts that `count` processes logged every step and one run's losses."""
   assert list(losses) == list(range(1, _STEPS + 1))
   results = json.loads((folder / 'results.json').read_text())
   assert results['steps'] == _STEPS
@@ -177,7 +178,7 @@ def _assert_finished(folder, losses, finished, count):
 
 @pytest.mark.slow
 def test_two_processes(start, logged, finished, tmp_path):
-  """SIGTERM to one of them, then to the end with the same command."""
+  """Sends SIGTERM to one process, then resumes with the same command."""
   lead, other = start('flags')
   _wait(lead, logged)
   other.send_signal(signal.SIGTERM)
@@ -198,7 +199,7 @@ def test_two_processes(start, logged, finished, tmp_path):
 
 @pytest.mark.full
 def test_killed_processes(start, logged, finished, tmp_path):
-  """SIGKILL to either of two, then four go on to the end."""
+  """Kills each of two processes in turn; four processes then finish."""
   lead, other = start('slurm')
   _wait(lead, logged)
   other.kill()

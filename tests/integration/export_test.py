@@ -1,4 +1,4 @@
-"""--mode=export: what it writes, that it works elsewhere, what it refuses."""
+"""Tests --mode=export: its files, their use elsewhere, and refused input."""
 
 import json
 import pathlib
@@ -46,7 +46,7 @@ _OVERRIDES = (
 
 @pytest.fixture(scope='module')
 def exported(tiny_config_file, compile_cache, tmp_path_factory):
-  """A run of three steps and its export. Tests must leave its files alone."""
+  """Returns a run of three steps and its export; tests must not change it."""
   del compile_cache
   config = runpy.run_path(str(tiny_config_file))['get_config']()
   for override in _OVERRIDES:
@@ -87,7 +87,7 @@ def test_files(exported):
     'folder': str(exported.folder),
     'bytes': {f.name: f.stat().st_size for f in exported.folder.iterdir()},
   }
-  # Nothing half-done beside it.
+  # No temporary folder is left.
   assert not list(exported.workdir.glob('.export*'))
 
 
@@ -266,7 +266,7 @@ def test_a_run_exports_again_and_can_be_told_not_to(
   workdir = shutil.copytree(exported.workdir, tmp_path / 'run')
   before = (workdir / 'export' / 'integer.onnx').read_bytes()
   (workdir / 'export' / 'integer.onnx').write_bytes(b'damaged')
-  # The run is finished: the same command only writes what comes after it.
+  # The run is finished, so the same command only writes its results again.
   quantize.quantize(config, str(workdir))
   assert (workdir / 'export' / 'integer.onnx').read_bytes() == before
   shutil.rmtree(workdir / 'export')

@@ -1,4 +1,4 @@
-"""A network of one's own: the example, from its config to an exported file."""
+"""Tests the example of an own network, from its config to an exported file."""
 
 import json
 import pathlib
@@ -58,7 +58,7 @@ def test_the_teacher_is_as_good_as_in_torch(data_dir, command, tmp_path):
 
 
 def _state(random):
-  """A state dict as torch would save it, written out from the model."""
+  """Returns a state dict with the names and shapes that torch would save."""
   state = {}
 
   def conv_bn(conv, bn, cout, cin, side):
@@ -94,7 +94,7 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
   random = np.random.RandomState(0)
   weights = tmp_path / 'weights.safetensors'
   safetensors.numpy.save_file(_state(random), weights)
-  # From any folder.
+  # The config works from any folder.
   monkeypatch.chdir(tmp_path)
 
   class Fast(Compiler):

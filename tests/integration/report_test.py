@@ -1,4 +1,4 @@
-"""--mode=report: one page about a run, and event files."""
+"""Tests --mode=report: the page about a run and the event files."""
 
 import html.parser
 import json
@@ -18,7 +18,7 @@ _SECTIONS = (
 
 
 class _Page(html.parser.HTMLParser):
-  """Notes sections, what is loaded, identifiers, and text; checks tags."""
+  """Parser that collects sections, loaded files, identifiers and text."""
 
   def __init__(self, text):
     super().__init__()
@@ -49,13 +49,13 @@ class _Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-  """A copy of the finished run."""
+  """Returns a copy of the finished run."""
   return shutil.copytree(finished.workdir, tmp_path / 'run')
 
 
 @pytest.fixture
 def real(tmp_path):
-  """Flags that name real images, whose path."""
+  """Returns flags that name real images."""
   random = np.random.RandomState(0)
   path = tmp_path / 'real.npz'
   np.savez(
@@ -90,7 +90,7 @@ def test_report(command, finished, tiny_config_file, workdir, real):
   assert agreement in page.text
   for name in 'ant', 'bee', 'generator/sfda', 'student/features':
     assert name in page.text
-  # Every quantity has a description. The page tells why there is no export.
+  # Every quantity has a description. The page explains the missing export.
   drawn = {
     key for line in metrics.read(workdir / 'metrics.jsonl') for key in line
   }
@@ -136,7 +136,7 @@ def test_unfinished(command, tiny_config_file, workdir):
   ):
     assert said in page.text
   assert not (workdir / 'results.json').exists()
-  assert 'generator/loss' in page.text  # what there is, is shown
+  assert 'generator/loss' in page.text  # the page shows the existing metrics
 
 
 def test_no_run(command, tiny_config_file, tmp_path):

@@ -1,4 +1,4 @@
-"""Stopped or killed at any moment, then the same command: the same bits."""
+"""Tests that a stopped or killed run resumes to bit-identical results."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ import pytest
 import clusterq_jax
 from clusterq_jax.errors import InputError
 
-# What a clock or the process decides, not the run.
+# Results that depend on the clock or the process.
 _MEASURED = ('wall_s', 'compile_s', 'images_per_s', 'peak_rss_mb')
 
 
@@ -34,7 +34,7 @@ def _assert_same_run(workdir, finished, state_at):
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-  """A copy of the finished run."""
+  """Returns a copy of the finished run."""
   return shutil.copytree(finished.workdir, tmp_path / 'run')
 
 
@@ -42,7 +42,7 @@ def workdir(finished, tmp_path):
 
 
 def _moments(workdir):
-  """What to wait for before each kill, by name."""
+  """Returns the condition of each kill, by name."""
   checkpoints = workdir / 'checkpoints'
 
   def lines():
@@ -62,14 +62,14 @@ def _moments(workdir):
 
 
 def _kill_when(process, seen):
-  """Sends SIGKILL as soon as `seen()`; whether that was before the end."""
+  """Sends SIGKILL once `seen()` is true; returns whether the run still ran."""
   end = time.monotonic() + 300
   while process.poll() is None and time.monotonic() < end:
     try:
       if seen():
         break
     except FileNotFoundError:
-      pass  # renamed while it was looked at
+      pass  # the file was renamed in the meantime
     time.sleep(0.001)
   process.kill()
   process.communicate()
@@ -98,7 +98,7 @@ def test_killed_again_and_again(
   _assert_same_run(workdir, finished, state_at)
   assert _results(workdir) == _results(finished.workdir)
   left = {path.name for path in (workdir / 'checkpoints').iterdir()}
-  assert left == {'8', '10'}  # nothing half-written stays
+  assert left == {'8', '10'}  # incomplete checkpoints are removed
 
 
 # --- SIGTERM, and a second run ------------------------------------------------
@@ -116,7 +116,7 @@ def test_sigterm_and_a_second_run(
   in_generator_phase = _moments(workdir)['in the generator phase']
   while process.poll() is None and not in_generator_phase():
     time.sleep(0.001)
-  process.send_signal(signal.SIGSTOP)  # so that it lives for long enough
+  process.send_signal(signal.SIGSTOP)  # keeps it alive for the second run
 
   before = _contents(workdir)
   code, out, error = command(*flags)
@@ -154,14 +154,14 @@ def _largest_file(folder: pathlib.Path) -> pathlib.Path:
 def test_damaged_checkpoint_is_skipped(
   finished, workdir, state_at, tiny_config, tmp_path, capfd
 ):
-  """The newest is truncated, and one that was being written lies there."""
+  """Truncates the newest checkpoint and adds an incomplete one."""
   newest = workdir / 'checkpoints' / '10'
   shutil.copytree(newest, newest.with_name('12.orbax-checkpoint-tmp'))
   victim = _largest_file(newest)
   victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
   for name in ('student.safetensors', 'results.json', 'samples.png'):
     (workdir / name).unlink()
-  # The run's own evaluation, on labels that a loaded student gave.
+  # The run evaluates on labels that the loaded student predicted.
   images = np.random.RandomState(1).randint(0, 256, (20, 8, 8, 3), np.uint8)
   student = clusterq_jax.load_student(finished.workdir)
   labels = np.array(student.logits(images)).argmax(-1)

@@ -1,4 +1,4 @@
-"""A run that starts from another run's generator."""
+"""Tests runs that start from another run's generator."""
 
 import json
 import runpy

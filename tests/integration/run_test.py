@@ -1,4 +1,4 @@
-"""A whole run: what it leaves behind, and what evaluation makes of it."""
+"""Tests the files and results of a whole run and its evaluation."""
 
 import json
 import math
@@ -28,15 +28,15 @@ def _results(workdir):
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-  """A copy of the finished run."""
+  """Returns a copy of the finished run."""
   return shutil.copytree(finished.workdir, tmp_path / 'run')
 
 
 @pytest.fixture(scope='module')
 def answers(finished):
-  """Images, and what teacher and student say they show."""
+  """Returns images and the classes that teacher and student predict."""
   images = np.random.RandomState(1).randint(0, 256, (45, 8, 8, 3), np.uint8)
-  # Flat images too: noise alone looks the same to a network.
+  # Some images are flat, because a network sees all noise images alike.
   images[20:] = (
     images[20:] // 8
     + 28 * np.arange(25, dtype=np.uint8).reshape(-1, 1, 1, 1) // 3
@@ -231,7 +231,7 @@ def _npz(path, images, labels):
 def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
   images, teacher, student = answers
   labels = student.copy()
-  labels[:9] = (labels[:9] + 1) % 4  # 9 of 45: the student is right in 80 %
+  labels[:9] = (labels[:9] + 1) % 4  # wrong for 9 of 45: 80 % accuracy
   evaluation = tiny_config.eval
   evaluation.source = 'npz'
   evaluation.path = _npz(tmp_path / 'a.npz', images, labels)
@@ -252,14 +252,15 @@ def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
   assert results['by_class']['n'] == np.bincount(labels).tolist()
   assert sum(results['by_class']['student']) == 36
 
-  # The teacher alone, on other labels: the student's figures move away.
+  # Evaluates only the teacher on other labels: the student's figures move to
+  # `earlier`.
   labels = teacher.copy()
   labels[:18] = (labels[:18] + 1) % 4
   evaluation.path = _npz(tmp_path / 'b.npz', images, labels)
   evaluation.network = 'teacher'
   again = clusterq_jax.evaluate(tiny_config, str(workdir))
   assert again['teacher'] == {'top1': 60.0}
-  # The same images as files.
+  # Evaluates the same images as files.
   rows = ['file,label']
   for i, (image, label) in enumerate(zip(images, labels, strict=True)):
     Image.fromarray(image).save(tmp_path / f'{i}.png')
@@ -279,7 +280,8 @@ def test_evaluate(finished, workdir, answers, tiny_config, tmp_path):
   (earlier,) = again.pop('earlier')
   assert earlier == {k: results[k] for k in earlier}
   assert earlier.keys() == {'images', 'teacher', 'student', 'by_class'}
-  # Back on the first images, teacher alone: the student's figures are there.
+  # Evaluates only the teacher on the first images, so the student's figures
+  # return.
   evaluation.source, evaluation.path = 'npz', str(tmp_path / 'a.npz')
   back = clusterq_jax.evaluate(tiny_config, str(workdir))
   assert len(back.pop('earlier')) == 1
@@ -383,7 +385,7 @@ def test_logits_of_what_numpy_takes(finished, answers):
 
 
 def test_evaluate_sees_through_the_padding(answers):
-  """45 images in batches of 8: the last batch is padded, and not counted."""
+  """The padding of the last batch, 45 images in batches of 8, never counts."""
   images, _, student = answers
 
   def logits(batch):

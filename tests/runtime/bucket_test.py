@@ -1,6 +1,6 @@
-"""A workdir in a bucket: what is downloaded and uploaded, and what is not.
+"""Tests which files of a workdir in a bucket are downloaded and uploaded.
 
-A folder stands for the service.
+A folder replaces the cloud service.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ _URL = 'gs://bucket/runs/a'
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-  """The service, with an empty bucket."""
+  """Returns the file system, with an empty bucket."""
   cloud = tmp_path / 'cloud'
   (cloud / 'bucket').mkdir(parents=True)
   files = DirFileSystem(str(cloud), LocalFileSystem(auto_mkdir=True))
@@ -35,7 +35,7 @@ def _made(folder):
 
 @pytest.fixture
 def run(files, tmp_path):
-  """The workdir in the bucket."""
+  """Returns the workdir in the bucket."""
   return tmp_path / 'cloud' / 'bucket' / 'runs' / 'a'
 
 
@@ -52,7 +52,7 @@ def _names(folder):
 
 
 def _on_copy(body, url=_URL):
-  """Calls body(folder) as a mode is called."""
+  """Calls body(folder) as a mode."""
   bucket.on_copy(lambda config, workdir: body(pathlib.Path(workdir)))(None, url)
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_fails(run):
 
 
 def test_checkpoints(run):
-  """They stay where they are."""
+  """Checkpoints are neither downloaded nor uploaded."""
   _write(run, checkpoints__1__state__d='1', kept='2')
 
   def body(folder):

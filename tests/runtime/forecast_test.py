@@ -1,4 +1,4 @@
-"""The forecast: what its interval is, where it is none, how it is fitted."""
+"""Tests the forecast, its interval and the fit of its coefficients."""
 
 import json
 
