@@ -15,14 +15,14 @@ import sys
 import tokenize
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
 
 
 def count(text: str) -> tuple[int, int, int]:
   """Returns the numbers of lines of code, docstrings and comments."""
-  documented = ast.Module | ast.ClassDef | ast.FunctionDef
   docstrings: set[int] = set()
   for node in ast.walk(ast.parse(text)):
-    if isinstance(node, documented) and ast.get_docstring(node) is not None:
+    if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
       first = node.body[0]
       docstrings.update(range(first.lineno, (first.end_lineno or 0) + 1))
   comments = {
@@ -48,10 +48,9 @@ def main() -> None:
     if not name.endswith('.py') or not (rev or (ROOT / name).exists()):
       continue
     text = _git('show', f'{rev}:{name}') if rev else (ROOT / name).read_text()
-    counts = dict(enumerate(count(text)))
     top, *inner = name.split('/')[:-1] or ['.']
     for folder in {'all', top, '/'.join([top, *inner[:1]])}:
-      totals[folder].update(counts)
+      totals[folder].update(dict(enumerate(count(text))))
   print(f'{"folder":32} {"code":>7} {"docstrings":>11} {"comments":>9}')
   for folder, total in sorted(totals.items()):
     print(f'{folder:32} {total[0]:7,} {total[1]:11,} {total[2]:9,}')
