@@ -224,7 +224,7 @@ class TorchStep:
 
 
 class Classes:
-  """As `class_statistics.Classes`."""
+  """Groups a batch by class, see `class_statistics.Classes`."""
 
   def __init__(self, labels, logits, dtype):
     self.labels = labels
