@@ -74,8 +74,8 @@ def on_images(
   Files that cannot be decoded are named on stderr and left out.
 
   Args:
-    networks: compiled functions as in `predictions`, by name. The names are
-      'teacher', 'student' and 'deployed', in this order; the first is required.
+    networks: functions as in `predictions`, by name: 'teacher', then optionally
+      'student' and 'deployed', in this order.
     images: real images; with None, every figure is None.
     batch_size: images per call.
 
@@ -83,11 +83,10 @@ def on_images(
     A dict with these keys:
       each network's name: `top1` in percent. Networks after the first also have
         `n`, the number of images, and `agreement` in percent.
-      images: the number `n` of images and a `digest` of pixels and labels. Two
-        results can be compared if their digests are equal. Missing without
-        images.
+      images: number `n` of images and `digest` of pixels and labels. Results
+        with equal digests can be compared. Only with images.
       by_class: lists by class with the number `n` of images and each network's
-        number of correct answers. Only with images and a student.
+        correct answers. Only with images and a student.
 
   Raises:
     InputError: no image can be decoded.

@@ -37,6 +37,10 @@ class _Log:
     self.progress = metrics_lib.Progress(
       self.total, done, session.config.schedule.batch_size, silent=not lead
     )
+    if done:
+      self.progress.say(
+        f'{bucket.address(folder)}: resuming at step {done} of {self.total}'
+      )
 
   def note(self, done: int, phase: str, values: Any, bad: jax.Array) -> None:
     """Queues the metrics of a step and writes the metrics queued before.
@@ -73,6 +77,14 @@ class _Log:
       self._file.write(step, values)
       self.progress.update(step, phase, values)
 
+  def preempted(self, done: int) -> preemption.Preempted:
+    """Ends the progress line; returns the exception of a saved stop."""
+    self.progress.close()
+    return preemption.Preempted(
+      f'stopped by SIGTERM after step {done} of {self.total}; the state is '
+      f'saved in {self._folder}, and the same command resumes from there'
+    )
+
 
 def _profiled(session: Session, start: int) -> range:
   """Returns the steps that this process profiles."""
@@ -107,10 +119,6 @@ def train(
   start = done = int(state.step)
   traced = _profiled(session, start)
   log = _Log(session, folder, done)
-  if done:
-    log.progress.say(
-      f'{bucket.address(folder)}: resuming at step {done} of {log.total}'
-    )
   began, compiled_before = time.monotonic(), session.compile.seconds
   with preemption.notice() as told_to_stop:
     for phase in session.phases:
@@ -137,11 +145,7 @@ def train(
           if int(state.bad_step) < 0:
             save(done, state)
         if stop:
-          log.progress.close()
-          raise preemption.Preempted(
-            f'stopped by SIGTERM after step {done} of {log.total}; the state '
-            f'is saved in {folder}, and the same command resumes from there'
-          )
+          raise log.preempted(done)
   log.flush()
   log.progress.close()
   compiled = session.compile.seconds - compiled_before
