@@ -150,7 +150,7 @@ def _fill_in(values: dict[str, Any]) -> None:
     'quant.first_weight_bits': values['quant.weight_bits'],
     'quant.last_weight_bits': values['quant.weight_bits'],
     'quant.headroom': _HEADROOM.get(bits, _MOST_HEADROOM),
-    # At fewer bits, student and teacher differ more, so larger steps help.
+    # The fewer the bits, the further student and teacher can differ.
     'augment.adversarial': (8 - bits) / 40,
   }
   for name, meaning in _MEANINGS.items():
