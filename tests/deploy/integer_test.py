@@ -230,7 +230,7 @@ def test_runtime_agrees_on_the_embedded_network(
 @pytest.mark.parametrize(
   ('weights', 'activations', 'learned', 'order', 'channels'),
   [
-    (2, 2, True, 'rgb', 3),
+    pytest.param(2, 2, True, 'rgb', 3, marks=pytest.mark.slow),
     (3, 5, False, 'bgr', 3),
     pytest.param(5, 3, True, 'grey', 1, marks=pytest.mark.slow),
     pytest.param(8, 7, True, 'rgb', 3, marks=pytest.mark.slow),
@@ -393,6 +393,7 @@ def test_settled_weights(embedded, test_images, learned):
 # --- Arithmetic --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wide_sums_are_exact():
   """Sums above 2^24 are exact, although float32 alone would round them."""
   random = np.random.RandomState(0)
@@ -454,6 +455,7 @@ def _wide(network):
   return [n for n, a in layers.items() if a.weights and a.weights.wide]
 
 
+@pytest.mark.slow
 def test_wide_layers_are_found():
   source = _tiny('conv')
   kernel = source.variables['params']['stage3_block1_conv2']['kernel']

@@ -113,6 +113,7 @@ def test_help(command):
   assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_one_machine_has_nothing_to_say_of_others(spawn, tmp_path):
   for mode, said in (('auto', False), ('on', True)):
     process = spawn(

@@ -231,6 +231,7 @@ def test_killed_processes(start, logged, finished, tmp_path):
   _assert_finished(tmp_path / 'run', logged(), finished, 4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_cannot_read(spawn, tmp_path):
   address = f'localhost:{_free_port()}'
   processes = [

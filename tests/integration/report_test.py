@@ -66,6 +66,7 @@ def real(tmp_path):
   return '--config.eval.source=npz', f'--config.eval.path={path}'
 
 
+@pytest.mark.slow
 def test_report(command, finished, tiny_config_file, workdir, real):
   before = (workdir / 'results.json').read_text()
   flags = f'--config={tiny_config_file}', f'--workdir={workdir}', *real
@@ -104,6 +105,7 @@ def test_report(command, finished, tiny_config_file, workdir, real):
     assert f'\n{name}\n{error.bits}\n{error.sqnr:.1f}\n' in page.text
 
 
+@pytest.mark.slow
 def test_drop_by_class(command, tiny_config_file, workdir, real):
   flags = f'--config={tiny_config_file}', f'--workdir={workdir}', *real
   assert command(*flags, '--mode=evaluate')[0] == 0

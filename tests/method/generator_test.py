@@ -124,6 +124,7 @@ def test_noise_chooses_among_the_prototypes_of_the_class():
   np.testing.assert_array_equal(rows > 1e-6, np.isin(np.arange(12), [6, 7, 8]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('height', 'width', 'features'), [(8, 8, 3), (9, 7, 20)]
 )

@@ -290,6 +290,7 @@ def _poison_centroids(state):
   return state.centroids.replace(layers=_poison(state.centroids.layers))
 
 
+@pytest.mark.slow
 def test_student_loss_is_that_of_pool_images(step, state, finished):
   """Computes the loss from the pool's pixels with independent code."""
   steps, key = finished.steps, jax.random.fold_in(finished.key, 8)
@@ -346,6 +347,7 @@ def test_student_batch_norm_statistics_are_the_teachers(
   assert float(before['student/loss']) != float(after['student/loss'])
 
 
+@pytest.mark.slow
 def test_student_ranges_freeze(state, finished):
   steps = dataclasses.replace(finished.steps, range_steps=2)
   run = jax.jit(steps.student_step)
