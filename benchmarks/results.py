@@ -1,10 +1,9 @@
-"""Writes docs/results.md, its charts, and the table of results in README.md.
+"""Writes docs/results.md, its charts, and the generated parts of README.md.
 
     python -m benchmarks.results
 
 All figures come from the records in benchmarks/records. The templates
-results.md.j2 and results_readme.md.j2 hold the text and the columns of the
-tables. tests/benchmarks/results_test.py fails where the written files differ
+results*.md.j2 hold the text and the columns of the tables. tests/benchmarks/results_test.py fails where the written files differ
 from the records.
 """
 
@@ -19,7 +18,11 @@ from benchmarks import common, records, results_rows, results_tables
 DOCS = common.ROOT / 'docs'
 PAGE = DOCS / 'results.md'
 README = common.ROOT / 'README.md'
-MARKS = '<!-- results -->', '<!-- /results -->'
+# Parts of README.md, between <!-- PART --> and <!-- /PART -->.
+PARTS = {
+  'quickstart': 'results_quickstart.md.j2',
+  'results': 'results_readme.md.j2',
+}
 
 
 def render(template: str) -> str:
@@ -46,26 +49,28 @@ def page() -> str:
   return render('results.md.j2')
 
 
-def with_part(readme: str) -> str:
-  """Puts the table of results between the marks of README.md.
+def with_parts(readme: str) -> str:
+  """Puts the generated parts between their marks.
 
   Args:
-    readme: the whole text.
+    readme: the whole text of README.md.
 
   Returns:
     The new text.
 
   Raises:
-    ValueError: the marks are not there, each once and in order.
+    ValueError: a mark is not there once, or the two are not in order.
   """
-  start, stop = MARKS
-  if readme.count(start) != 1 or readme.count(stop) != 1:
-    raise ValueError(f'README.md: expected {start} and {stop}, once each')
-  head, rest = readme.split(start)
-  if stop not in rest:
-    raise ValueError(f'README.md: {stop} stands before {start}')
-  part = render('results_readme.md.j2').strip()
-  return f'{head}{start}\n\n{part}\n\n{stop}{rest.split(stop)[1]}'
+  for part, template in PARTS.items():
+    start, stop = f'<!-- {part} -->', f'<!-- /{part} -->'
+    if readme.count(start) != 1 or readme.count(stop) != 1:
+      raise ValueError(f'README.md: expected {start} and {stop}, once each')
+    head, rest = readme.split(start)
+    if stop not in rest:
+      raise ValueError(f'README.md: {stop} stands before {start}')
+    text = render(template).strip('\n')
+    readme = f'{head}{start}\n\n{text}\n\n{stop}{rest.split(stop)[1]}'
+  return readme
 
 
 def main() -> int:
@@ -73,7 +78,7 @@ def main() -> int:
   from benchmarks import results_charts
 
   PAGE.write_text(page())
-  README.write_text(with_part(README.read_text()))
+  README.write_text(with_parts(README.read_text()))
   for name in results_charts.CHARTS:
     (DOCS / f'{name}.svg').write_bytes(results_charts.draw(name))
   print(f'wrote {PAGE}, {README} and {len(results_charts.CHARTS)} charts')

@@ -69,14 +69,14 @@ def test_page():
 
 def test_readme():
   text = results.README.read_text()
-  assert text == results.with_part(text), f'README.md {_STALE}'
+  assert text == results.with_parts(text), f'README.md {_STALE}'
 
 
 def test_readme_without_marks():
   with pytest.raises(ValueError, match='once each'):
-    results.with_part('no marks')
+    results.with_parts('no marks')
   with pytest.raises(ValueError, match='stands before'):
-    results.with_part('<!-- /results --> <!-- results -->')
+    results.with_parts('<!-- /quickstart --> <!-- quickstart -->')
 
 
 def test_charts():
@@ -114,7 +114,7 @@ def test_page_follows_the_records(monkeypatch, tmp_path, name, old, new):
   monkeypatch.setattr(records, 'FOLDER', tmp_path)
   assert results.PAGE.read_text() != results.page()
   readme = results.README.read_text()
-  assert (readme != results.with_part(readme)) == (name == 'accuracy')
+  assert (readme != results.with_parts(readme)) == (name == 'accuracy')
 
 
 @pytest.mark.parametrize(
