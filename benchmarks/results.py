@@ -3,8 +3,9 @@
     python -m benchmarks.results
 
 All figures come from the records in benchmarks/records. The templates
-results*.md.j2 hold the text and the columns of the tables. tests/benchmarks/results_test.py fails where the written files differ
-from the records.
+results*.md.j2 hold the text and the columns of the tables.
+tests/benchmarks/results_test.py fails where the written files differ from the
+records.
 """
 
 import pathlib

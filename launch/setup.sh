@@ -14,8 +14,8 @@ CLUSTERQ_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 CLUSTERQ_PYTHON="$CLUSTERQ_ROOT/.venv/bin/python"
 
 # Succeeds if command $1 is a Python that this project supports.
-_clusterq_recent() {
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+_clusterq_supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
 # Prints the first interpreter that can make the environment, or exits with 2.
@@ -26,7 +26,7 @@ _clusterq_find_python() {
     candidates=("$PYTHON")
   fi
   for candidate in "${candidates[@]}"; do
-    _clusterq_recent "$candidate" || continue
+    _clusterq_supported "$candidate" || continue
     if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
       printf '%s\n' "$candidate"
       return
@@ -38,7 +38,7 @@ _clusterq_find_python() {
       "ensurepip module is missing (on Debian and Ubuntu, install the" \
       "package python3-venv)." >&2
   else
-    echo "setup: found no Python 3.11 or newer among: ${candidates[*]}." \
+    echo "setup: found no Python 3.11, 3.12 or 3.13 among: ${candidates[*]}." \
       "Install one, or set PYTHON to its path." >&2
   fi
   exit 2
@@ -68,8 +68,8 @@ _clusterq_make_venv() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
     rm "$venv.unfinished"
-  elif ! _clusterq_recent "$CLUSTERQ_PYTHON"; then
-    echo "setup: the Python in $venv does not start or is older than 3.11." \
+  elif ! _clusterq_supported "$CLUSTERQ_PYTHON"; then
+    echo "setup: the Python in $venv does not start, or is not 3.11 to 3.13." \
       "Remove that folder and call the script again." >&2
     exit 2
   elif ! "$CLUSTERQ_PYTHON" -m pip --version >/dev/null 2>&1; then

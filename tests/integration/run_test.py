@@ -413,3 +413,32 @@ def test_evaluate_needs_a_student(answers, tiny_config, tmp_path):
   with pytest.raises(InputError, match='no finished student'):
     clusterq_jax.evaluate(tiny_config, str(tmp_path / 'nowhere'))
   assert not (tmp_path / 'nowhere').exists()
+
+
+# --- Workdirs of 0.1.0 -------------------------------------------------------
+
+
+@pytest.mark.parametrize('mode', ['quantize', 'evaluate', 'report'])
+def test_an_old_workdir_is_refused(
+  finished, tiny_config_file, command, tmp_path, mode
+):
+  folder = shutil.copytree(finished.workdir, tmp_path / 'run')
+  stored = json.loads((folder / 'config.json').read_text())
+  del stored['schema']
+  (folder / 'config.json').write_text(json.dumps(stored))
+  before = {f: f.stat().st_mtime_ns for f in folder.glob('*.*')}
+  images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
+  np.savez(tmp_path / 'a.npz', images=images, labels=labels)
+  code, _, err = command(
+    f'--config={tiny_config_file}',
+    f'--workdir={folder}',
+    f'--mode={mode}',
+    '--config.eval.source=npz',
+    f'--config.eval.path={tmp_path / "a.npz"}',
+  )
+  assert code == 2
+  assert err.startswith(f'error: {folder}: config.json has schema None')
+  assert len(err.strip().splitlines()) == 1
+  assert {f: f.stat().st_mtime_ns for f in folder.glob('*.*')} == before
+  # Its student still loads, by the name of its network.
+  assert clusterq_jax.load_student(folder).bits.weights == 4
