@@ -15,7 +15,9 @@ CLUSTERQ_PYTHON="$CLUSTERQ_ROOT/.venv/bin/python"
 
 # Succeeds if command $1 is a Python that this project supports.
 _clusterq_supported() {
-  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+  local check='import sys
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+  "$1" -c "$check" 2>/dev/null
 }
 
 # Prints the first interpreter that can make the environment, or exits with 2.
