@@ -2,7 +2,7 @@
 
 import clusterq_jax as cq
 
-config = cq.default_config()
+config = cq.imagenet_config()
 config.teacher.arch = 'resnet18'
 config.teacher.weights = 'resnet18.safetensors'
 results = cq.quantize(config, 'runs/mine')

@@ -27,5 +27,4 @@ def get_config():
   config = cq.default_config()
   config.teacher.arch = 'resnet20_variant'
   config.teacher.weights = 'weights/resnet20_cifar100_variant.pt'
-  config.teacher.num_classes = 100
   return config

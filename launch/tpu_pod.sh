@@ -25,7 +25,7 @@ shift 2
 
 archive='clusterq-jax.tar.gz'
 remote="tar -xzf $archive && cd clusterq-jax"
-remote+=" && launch/setup.sh && .venv/bin/python -m pip install -q -e '.[tpu]'"
+remote+=" && launch/setup.sh && .venv/bin/python -m pip install -q -e '.[tpu,gcs]'"
 remote+=" && exec launch/local.sh$(printf ' %q' "$@")"
 
 cd -- "$CLUSTERQ_ROOT"

@@ -4,7 +4,7 @@
     python selftest.py
 
 Exit codes: 0 if the logits agree with selftest.npz in the printed mode, 1 if
-they differ in every mode, 2 if a file is missing.
+they differ in every mode, 2 if a file or a package is missing.
 
 The sessions use ONNX Runtime's default graph optimizations, which run
 convolutions in integers. With graph_optimization_level = ORT_DISABLE_ALL, ONNX
@@ -15,8 +15,12 @@ W4A4 they differ by up to 0.24, and none of 10,000 images changes its class.
 import pathlib
 import sys
 
-import numpy as np
-import onnxruntime
+try:
+  import numpy as np
+  import onnxruntime
+except ImportError as e:
+  print(f'error: {e}; pip install numpy onnxruntime', file=sys.stderr)
+  sys.exit(2)
 
 here = pathlib.Path(__file__).resolve().parent
 for name in ('integer.onnx', 'selftest.npz'):

@@ -58,7 +58,6 @@ def imagenet_config() -> ml_collections.ConfigDict:
   """
   config = default_config()
   config.budget = 1 / 6
-  config.teacher.num_classes = 1000
   config.quant.activation_bits = 8
   config.generator.channels = (128, 96, 64, 32, 16, 8)
   config.centroids.images_per_class = 1
@@ -117,7 +116,6 @@ def paper_imagenet_config() -> ml_collections.ConfigDict:
     ClusterQ, arXiv 2205.00179, section IV.
   """
   config = paper_config()
-  config.teacher.num_classes = 1000
   config.generator.conditional = True
   config.student.lr = 1e-6
   config.schedule.batch_size = 16

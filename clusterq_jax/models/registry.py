@@ -63,7 +63,7 @@ _ARCHITECTURES = {
       functools.partial(cifar_resnet.CifarResNet, depth=depth),
       source='download CIFAR-10 weights from pretrained_models/ of '
       'https://github.com/akamaster/pytorch_resnet_cifar10; '
-      'configs/cifar100_resnet20.py names a source for CIFAR-100',
+      'configs/paper/cifar100_resnet20.py names a source for CIFAR-100',
     )
     for depth in (8, 20, 32, 44, 56, 110)
   },

@@ -190,6 +190,9 @@ def _exported(export: dict[str, Any]) -> _Rows:
       f'{large / small:.1f} smaller than float32.onnx',
     ),
     ('beside it', ', '.join(name for name in sizes if name != 'integer.onnx')),
-    ('check a machine', f'python {export["folder"]}/selftest.py'),
+    (
+      'check a machine',
+      f'pip install onnxruntime; python {export["folder"]}/selftest.py',
+    ),
     ('run it', 'onnxruntime.InferenceSession(...), see docs/deploy.md'),
   ]

@@ -20,7 +20,6 @@ def get_config():
   """Returns the paper's values with the teacher's weights."""
   config = cq.paper_config()
   config.teacher.weights = 'weights/resnet20_cifar100.pth'
-  config.teacher.num_classes = 100
   config.teacher.image_size = (32, 32)
   # pytorchcv trains its CIFAR networks with these values.
   config.teacher.mean = (0.4914, 0.4822, 0.4465)

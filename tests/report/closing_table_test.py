@@ -66,7 +66,10 @@ def test_rows_of_a_finished_run(config, tmp_path):
       'runs/a/export/integer.onnx: 1.00 MB, x4.0 smaller than float32.onnx',
     ),
     ('beside it', 'float32.onnx'),
-    ('check a machine', 'python runs/a/export/selftest.py'),
+    (
+      'check a machine',
+      'pip install onnxruntime; python runs/a/export/selftest.py',
+    ),
     ('run it', 'onnxruntime.InferenceSession(...), see docs/deploy.md'),
     ('report', f'{tmp_path}/report.html'),
     ('for TensorBoard', 'no event file: pip install tensorboardX'),
