@@ -129,8 +129,7 @@ for run, n in (one, 1), (eight, 8):
   store.save(half, run.state, 0.0)
   saved.append(store)
 for n in 2, 4:
-  devices[0] = n
-  mesh = make_mesh(8)
+  mesh = sharding.make_mesh(8, jax.devices()[:n])
   everywhere = sharding.replicated(mesh)
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),

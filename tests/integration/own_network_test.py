@@ -111,15 +111,13 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
 
   monkeypatch.setattr(session_lib, 'Compiler', Fast)
   monkeypatch.setattr(synthetic, 'HELD_OUT', 8)
-  for mode in ('quantize', 'export'):
-    code, _, err = command(
-      f'--config={_CONFIG}',
-      '--workdir=run',
-      f'--mode={mode}',
-      f'--config.teacher.weights={weights}',
-      *_STEPS,
-    )
-    assert code == 0, err
+  code, _, err = command(
+    f'--config={_CONFIG}',
+    '--workdir=run',
+    f'--config.teacher.weights={weights}',
+    *_STEPS,
+  )
+  assert code == 0, err
   options = onnxruntime.SessionOptions()
   options.add_session_config_entry('session.x64quantprecision', '1')
   session = onnxruntime.InferenceSession('run/export/integer.onnx', options)
