@@ -1,6 +1,9 @@
 """Layers in NumPy, which tests compare the package's layers with."""
 
+import jax
 import numpy as np
+
+from clusterq_jax.runtime.compiler import Compiler
 
 
 def numpy_conv(x, kernel, strides, padding, groups=1):
@@ -36,3 +39,16 @@ def numpy_batch_norm(h, variables):
   params, stats = variables['params'], variables['batch_stats']
   x = (h - stats['mean']) / np.sqrt(stats['var'] + 1e-5)
   return x * params['scale'] + params['bias']
+
+
+class FastCompiler(Compiler):
+  """Compiles without optimizations, where compiling is what takes time."""
+
+  def __call__(self, function, *args, donate=False):
+    jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
+    return jitted.lower(*args).compile(
+      {
+        'xla_backend_optimization_level': 0,
+        'xla_llvm_disable_expensive_passes': True,
+      }
+    )

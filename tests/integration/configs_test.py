@@ -1,5 +1,6 @@
 """Tests that every shipped config runs a step of each phase."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -10,7 +11,9 @@ import pytest
 from benchmarks import random_weights
 from clusterq_jax import config as config_lib
 from clusterq_jax.models import registry
+from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime.session import Session
+from tests.reference import FastCompiler
 
 _FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
 _FILES = sorted([*_FOLDER.glob('*.py'), *_FOLDER.glob('paper/*.py')])
@@ -53,7 +56,12 @@ def _session(config):
   classes = resolved.teacher.num_classes or 10
   if resolved.teacher.weights == 'embedded':
     return Session(resolved)
-  return Session(resolved, random_weights.teacher(arch, classes))
+  teacher = random_weights.teacher(arch, classes)
+  small = dataclasses.replace(
+    teacher.preprocessing,
+    image_size=tuple(min(n, 64) for n in teacher.preprocessing.image_size),
+  )
+  return Session(resolved, dataclasses.replace(teacher, preprocessing=small))
 
 
 def _name(path):
@@ -81,7 +89,8 @@ def test_every_phase_can_be_traced(path):
 
 @pytest.mark.full
 @pytest.mark.parametrize('path', _FILES, ids=_name)
-def test_a_step_of_every_phase(path):
+def test_a_step_of_every_phase(path, monkeypatch):
+  monkeypatch.setattr(session_lib, 'Compiler', FastCompiler)
   session = _session(_shrunk(path))
   state = session.init()
   for phase in session.phases:

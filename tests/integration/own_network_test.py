@@ -12,7 +12,7 @@ from clusterq_jax import load_student
 from clusterq_jax.models import registry
 from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime import synthetic
-from clusterq_jax.runtime.compiler import Compiler
+from tests.reference import FastCompiler
 
 _CONFIG = (
   pathlib.Path(__file__).resolve().parents[2]
@@ -97,19 +97,7 @@ def test_quantized_and_exported(command, compile_cache, tmp_path, monkeypatch):
   # The config works from any folder.
   monkeypatch.chdir(tmp_path)
 
-  class Fast(Compiler):
-    """Compiling is what takes time here."""
-
-    def __call__(self, function, *args, donate=False):
-      jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
-      return jitted.lower(*args).compile(
-        {
-          'xla_backend_optimization_level': 0,
-          'xla_llvm_disable_expensive_passes': True,
-        }
-      )
-
-  monkeypatch.setattr(session_lib, 'Compiler', Fast)
+  monkeypatch.setattr(session_lib, 'Compiler', FastCompiler)
   monkeypatch.setattr(synthetic, 'HELD_OUT', 8)
   code, _, err = command(
     f'--config={_CONFIG}',
