@@ -120,7 +120,6 @@ def test_several_processes(bucket, spawn, tiny_config_file, tmp_path):
         '--config.schedule.generator_steps=0',
         '--config.schedule.joint_steps=15',
         '--config.schedule.student_steps=0',
-        '--config.schedule.range_steps=7',
         '--config.checkpoint_every=3',
         JAX_PLATFORMS='cpu',
         TMPDIR=str(tmp_path),
