@@ -40,7 +40,7 @@ def _launch(root, script, *arguments, **env):
       'gcloud compute tpus tpu-vm ssh pod --zone=us-west4-b --worker=all '
       "'--command=tar -xzf clusterq-jax.tar.gz && cd clusterq-jax && "
       'launch/setup.sh && .venv/bin/python -m pip install -q -e '
-      r"'\''.[tpu]'\'' && exec launch/local.sh --config=configs/a.py "
+      r"'\''.[tpu,gcs]'\'' && exec launch/local.sh --config=configs/a.py "
       r"--workdir=/mnt/b/my\ run'" + '\n',
     ),
     (
@@ -58,7 +58,7 @@ def _launch(root, script, *arguments, **env):
       '--tpu-type=v5litepod-16 --num-slices=1 --base-docker-image=python:3.12 '
       f"--script-dir={_ROOT} --max-restarts=10 '--command=rm -rf .venv && "
       'launch/setup.sh && .venv/bin/python -m pip install -q -e '
-      r"'\''.[tpu]'\'' && exec launch/local.sh --config=configs/a.py "
+      r"'\''.[tpu,gcs]'\'' && exec launch/local.sh --config=configs/a.py "
       r"--workdir=/mnt/b/my\ run'" + '\n',
     ),
   ],

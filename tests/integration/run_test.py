@@ -426,7 +426,7 @@ def test_an_old_workdir_is_refused(
   stored = json.loads((folder / 'config.json').read_text())
   del stored['schema']
   (folder / 'config.json').write_text(json.dumps(stored))
-  before = {f: f.stat().st_mtime_ns for f in folder.glob('*.*')}
+  before = {f: f.stat().st_mtime_ns for f in folder.glob('[!.]*.*')}
   images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
   np.savez(tmp_path / 'a.npz', images=images, labels=labels)
   code, _, err = command(
@@ -439,6 +439,6 @@ def test_an_old_workdir_is_refused(
   assert code == 2
   assert err.startswith(f'error: {folder}: config.json has schema None')
   assert len(err.strip().splitlines()) == 1
-  assert {f: f.stat().st_mtime_ns for f in folder.glob('*.*')} == before
+  assert {f: f.stat().st_mtime_ns for f in folder.glob('[!.]*.*')} == before
   # Its student still loads, by the name of its network.
   assert clusterq_jax.load_student(folder).bits.weights == 4
