@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     print(f'error: {e}', file=sys.stderr)
     return 2
   except OSError as e:  # such as a full disk or a removed folder
-    where = e.filename or _WORKDIR.value
+    where = e.filename or _WORKDIR.value or 'output'
     print(f'error: {where}: {e.strerror or e}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
