@@ -7,7 +7,7 @@
 The groups use CIFAR-10, and `many_classes` uses CIFAR-100. The recipe is a
 quarter as long. Each variant's generator serves a student at W4A4 and one at
 W3A3, which the script evaluates along the way. A line for each student goes to
-records/ablation.jsonl beside this file. What has a line is not run again.
+records/ablation.jsonl beside this file. Runs that have a line are not repeated.
 `python -m benchmarks.results` makes tables and charts.
 """
 

@@ -131,6 +131,11 @@ _REFUSED = [
   ('loss.noise', (0.5,), '2 numbers'),
   ('centroids.decay', -0.1, '0 to 1'),
   ('centroids.decay', 1.5, '0 to 1'),
+  ('loss.noise', (0.5, -1.0), '0 to 100'),
+  ('teacher.image_size', (32,), '2 numbers'),
+  ('teacher.num_classes', 0, '2 to'),
+  ('augment.probability', 1.5, '0 to 1'),
+  ('eval.resize', -1, '0 to'),
   ('schedule.joint_steps', 0, 'the student would never train'),
   ('schedule.student_steps', 5, 'schedule.pool_batches=0'),
 ]
