@@ -11,6 +11,10 @@ import pytest
 
 import clusterq_jax
 
+# docs/scaling.md promises two minutes. JAX notices a process that died between
+# two exchanges only by its missing heartbeat, after up to 100 seconds.
+_NOTICED_S = 120
+
 
 def _free_port():
   with socket.socket() as found:
@@ -138,7 +142,7 @@ def test_several_processes(bucket, spawn, tiny_config_file, tmp_path):
   killed_at = time.monotonic()
   codes, said = end((lead, other))
   assert codes == [1, -9], said
-  assert time.monotonic() - killed_at < 60
+  assert time.monotonic() - killed_at < _NOTICED_S
 
   codes, said = end(start())
   assert codes == [0, 0], said

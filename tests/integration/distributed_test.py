@@ -13,6 +13,9 @@ import jax
 import pytest
 
 _STEPS = 15
+# docs/scaling.md promises two minutes. JAX notices a process that died between
+# two exchanges only by its missing heartbeat, after up to 100 seconds.
+_NOTICED_S = 120
 _FLAGS = (
   # The learning rates of the finished run's joint phase.
   '--config.schedule.warmup_steps=0',
@@ -215,7 +218,7 @@ def test_killed_processes(start, logged, finished, tmp_path):
   killed_at = time.monotonic()
   codes, said = _end((lead, other))
   assert codes == [1, -9], said
-  assert time.monotonic() - killed_at < 60
+  assert time.monotonic() - killed_at < _NOTICED_S
   _assert_told(said[0], 'error: process 0 of 2 stopped')
   first = max(logged())
   assert first < _STEPS
@@ -226,7 +229,7 @@ def test_killed_processes(start, logged, finished, tmp_path):
   killed_at = time.monotonic()
   codes, said = _end((lead, other))
   assert codes == [-9, 1], said
-  assert time.monotonic() - killed_at < 60
+  assert time.monotonic() - killed_at < _NOTICED_S
   _assert_told(said[1], 'error: process 1 of 2 stopped')
 
   processes = start('gke', 4)
