@@ -17,6 +17,7 @@ The arithmetic equals ONNX Runtime's quantized operators on x86:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ class IntegerNetwork:
 
 def window_share(node: Node) -> np.ndarray:
   """Returns the weight of each value in an average pool's window."""
-  return np.asarray(1 / node.kernel**2, np.float32)
+  return np.asarray(1 / math.prod(node.kernel), np.float32)
 
 
 def weighted_sums(
@@ -181,9 +182,12 @@ def _conv_bn(layer: Layer, x: jax.Array) -> jax.Array:
   convolve = functools.partial(
     convolution.convolve,
     strides=node.strides,
-    pads=convolution.explicit(x, node.kernel, node.strides, node.padding),
+    pads=convolution.explicit(
+      x.shape[1:3], node.kernel, node.strides, node.padding, node.dilation
+    ),
     groups=node.groups,
     precision=lax.Precision.HIGHEST,
+    dilation=node.dilation,
   )
   sums = weighted_sums(layer, x, convolve)
   return _to_grid(layer.grid, sums.astype(jnp.float32) * layer.multiplier)
@@ -213,11 +217,13 @@ def _max_pool(layer: Layer, x: jax.Array) -> jax.Array:
     x,
     np.uint8(0),
     lax.max,
-    (1, node.kernel, node.kernel, 1),
+    (1, *node.kernel, 1),
     (1, node.strides, node.strides, 1),
     (
       (0, 0),
-      *convolution.explicit(x, node.kernel, node.strides, node.padding),
+      *convolution.explicit(
+        x.shape[1:3], node.kernel, node.strides, node.padding
+      ),
       (0, 0),
     ),
   )
@@ -229,7 +235,7 @@ def _avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
     x.astype(jnp.int32) - layer.sources[0].zero,
     np.int32(0),
     lax.add,
-    (1, node.kernel, node.kernel, 1),
+    (1, *node.kernel, 1),
     (1, node.strides, node.strides, 1),
     'VALID',
   )
@@ -240,7 +246,8 @@ def _global_avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
   (source,), grid = layer.sources, layer.grid
   assert grid is not None
   pixels = np.float32(x.shape[1] * x.shape[2])
-  sums = jnp.sum(x.astype(jnp.int32) - source.zero, (1, 2))
+  centred = x.astype(jnp.int32) - source.zero
+  sums = jnp.sum(centred, (1, 2), keepdims=True)
   # ONNX Runtime rounds in this order.
   multiplier = source.step / (grid.step * pixels)
   return _to_grid(grid, sums.astype(jnp.float32) * multiplier)

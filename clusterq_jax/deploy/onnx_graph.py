@@ -23,6 +23,7 @@ from clusterq_jax.deploy import fold, integer
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
+from clusterq_jax.ops import convolution
 
 _OPSET, _IR_VERSION = 21, 10
 _INT4_HIGH = 7
@@ -193,7 +194,7 @@ class _Emitter:
       'MaxPool',
       [node.inputs[0]],
       node.name,
-      kernel_shape=(node.kernel,) * 2,
+      kernel_shape=node.kernel,
       strides=(node.strides,) * 2,
       **_padding(node),
     )
@@ -233,7 +234,7 @@ class _Float(_Emitter):
       'AveragePool',
       [self.read(node)],
       f'{node.name}/real',
-      kernel_shape=(node.kernel,) * 2,
+      kernel_shape=node.kernel,
       strides=(node.strides,) * 2,
     )
     self.write(node, real)
@@ -317,7 +318,7 @@ class _Integer(_Emitter):
 
   def _avg_pool(self, node):
     name, channels = node.name, self.graph.channels(node.name)
-    ones = np.ones((channels, 1, node.kernel, node.kernel), np.int8)
+    ones = np.ones((channels, 1, *node.kernel), np.int8)
     weight = [
       self.constant(f'{name}/w', ones),
       self.constant(f'{name}/w/step', integer.window_share(node)),
@@ -339,8 +340,10 @@ class _Integer(_Emitter):
 def _padding(node: Node) -> dict[str, Any]:
   if node.padding == 'same':
     return {'auto_pad': 'SAME_UPPER'}
-  side = node.kernel // 2 if node.padding is None else node.padding
-  return {'pads': (side,) * 4}
+  (top, bottom), (left, right) = convolution.explicit(
+    (0, 0), node.kernel, node.strides, node.padding, node.dilation
+  )
+  return {'pads': (top, left, bottom, right)}
 
 
 def _transposed(kernel: np.ndarray) -> np.ndarray:

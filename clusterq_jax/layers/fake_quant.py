@@ -38,7 +38,7 @@ class _Quantized(nn.Module, kw_only=True):
     calibrate: whether the layer sets its steps from the values that it sees. If
       steps are learned and `params` is mutable, it also rounds the weights to
       preserve its outputs. With the collection `targets`, it also corrects the
-      BatchNorm; see `QuantConv`.
+      biases; see `QuantConvBN` and `QuantConv`.
     observe: whether the layer sows the log of its output's largest-magnitude
       step into `ranges`.
   """
@@ -65,7 +65,7 @@ class _Quantized(nn.Module, kw_only=True):
 
     Args:
       kernel: the weights.
-      patches: returns the inputs of the kernel, [P, G, N]; see
+      patches: returns inputs of the kernel, [P, G, N]; see
         `convolution.patches`.
 
     Returns:
@@ -131,7 +131,7 @@ class _Quantized(nn.Module, kw_only=True):
     self._store('output', best)
 
 
-class QuantConv(_Quantized, float_layers.ConvBase):
+class QuantConvBN(_Quantized, float_layers.BatchNormBase):
   """Quantized convolution, frozen BatchNorm, activation and output quantizer.
 
   Calibration reads the collection `targets`. Its entry `input` holds the
@@ -142,12 +142,7 @@ class QuantConv(_Quantized, float_layers.ConvBase):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, H, W, I] to [B, H', W', O]."""
     kernel, scale, bias, mean, var = self.make_variables(x)
-    quantized = self.quantize_weights(
-      kernel,
-      lambda: convolution.patches(
-        x, self.kernel, self.strides, self.padding, self.groups
-      ),
-    )
+    quantized = self.quantize_weights(kernel, lambda: self.patches(x))
     h = self.convolve(x, quantized)
     if self.calibrate and self.has_variable('targets', 'input'):
       scale, bias = self._corrected(h, scale, bias, mean.value, var.value)
@@ -183,6 +178,40 @@ class QuantConv(_Quantized, float_layers.ConvBase):
     self.put_variable('params', 'scale', scale)
     self.put_variable('params', 'bias', bias)
     return scale, bias
+
+
+class QuantConv(_Quantized, float_layers.ConvBase):
+  """Quantized convolution with bias, activation and output quantizer.
+
+  Calibration reads the collection `targets`. Its entry `input` holds the
+  statistics that the activation's input should have, [O] each; the bias takes
+  the difference of the means.
+
+  References:
+    Nagel et al., arXiv 1906.04721, correct biases without images.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, I] to [B, H', W', O]."""
+    kernel, bias = self.make_kernel(x), self.make_bias()
+    quantized = self.quantize_weights(kernel, lambda: self.patches(x))
+    h = self.convolve(x, quantized) + bias
+    if self.calibrate and self.has_variable('targets', 'input'):
+      target: Statistics = self.get_variable('targets', 'input')
+      shift = target.mean - batch_statistics(sample_moments(h)).mean
+      self.put_variable('params', 'bias', bias + shift)
+      h += shift
+    return self.quantize_output(float_layers.activate(h, self.act))
+
+
+class QuantPReLU(_Quantized, float_layers.PReLU):
+  """PReLU with a quantizer on its output."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C] to the same shape."""
+    return self.quantize_output(self.activate(x))
 
 
 class QuantDense(_Quantized):
@@ -250,12 +279,25 @@ def layer_set(
 
     return factory
 
+  def act(act, slope=protocol.SLOPE, *, name):
+    if act == 'prelu':
+      return QuantPReLU(name=name, **options)
+    return quantized(plain.act)(act, slope, name=name)
+
   return protocol.LayerSet(
     input=quantized(plain.input),
-    conv_bn=functools.partial(QuantConv, dtype=dtype, **options),
+    conv_bn=functools.partial(QuantConvBN, dtype=dtype, **options),
+    conv=functools.partial(QuantConv, dtype=dtype, **options),
     dense=functools.partial(QuantDense, **options),
+    act=act,
     add=quantized(plain.add),
+    mul=quantized(plain.mul),
+    concat=quantized(plain.concat),
+    slice=plain.slice,
+    shuffle=plain.shuffle,
+    pad=plain.pad,
     pad_shortcut=plain.pad_shortcut,
+    resize=plain.resize,
     max_pool=plain.max_pool,
     avg_pool=quantized(plain.avg_pool),
     global_avg_pool=quantized(plain.global_avg_pool),

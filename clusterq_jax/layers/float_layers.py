@@ -1,15 +1,17 @@
 """The float layers, which make the teacher.
 
 Every `conv_bn` can record the moments of its BatchNorm input in the collection
-`moments`, for each sample and channel. All class and batch statistics of the
-method (eqs. 4-9) follow from these moments, so the feature maps need not stay
-in memory.
+`moments`, for each sample and channel. Every `conv` can record those of its
+output. All class and batch statistics of the method (eqs. 4-9) follow from
+these moments, so the feature maps need not stay in memory.
 
 References:
   Gao et al., ClusterQ, arXiv 2205.00179.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +25,41 @@ from clusterq_jax.ops.moments import Moments, sample_moments
 
 RELU6 = 6.0
 _PRETRAIN_MOMENTUM = 0.9  # decay of the moving averages, per step
+_MOST_PATCHES = 2**27  # numbers that `ConvBase.patches` returns
 
 
-def activate(x: jax.Array, act: protocol.Activation) -> jax.Array:
-  """Applies an activation; None returns x."""
-  if act == 'relu6':
-    return jnp.clip(x, 0, RELU6)
-  return jax.nn.relu(x) if act == 'relu' else x
+def activate(
+  x: jax.Array,
+  act: protocol.Activation | None,
+  slope: float | jax.Array = protocol.SLOPE,
+) -> jax.Array:
+  """Applies an activation with torch's definition; None returns x.
+
+  Args:
+    x: array of any shape.
+    act: name of the activation.
+    slope: slope of leaky_relu and prelu below zero ([C] for prelu), or elu's
+      limit.
+  """
+  if act is None:
+    return x
+  if act in ('leaky_relu', 'prelu'):
+    return jnp.where(x > 0, x, x * slope)
+  if act == 'elu':
+    return jax.nn.elu(x, slope)
+  return _ACTIVATIONS[act](x)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  'relu': jax.nn.relu,
+  'relu6': lambda x: jnp.clip(x, 0, RELU6),
+  'sigmoid': jax.nn.sigmoid,
+  'tanh': jnp.tanh,
+  'hard_sigmoid': lambda x: jnp.clip(x + 3, 0, RELU6) / RELU6,
+  'hard_swish': lambda x: x * (jnp.clip(x + 3, 0, RELU6) / RELU6),
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_tanh': jax.nn.gelu,
+}
 
 
 def pad_channels(
@@ -54,31 +84,72 @@ def pad_channels(
   )
 
 
+def _pads(x, kernel, strides, padding):
+  size = convolution.window(kernel)
+  return size, convolution.explicit(x.shape[1:3], size, strides, padding)
+
+
 def max_pool(
-  x: jax.Array, kernel: int, strides: int, padding: int
+  x: jax.Array,
+  kernel: protocol.Window,
+  strides: int,
+  padding: protocol.Padding,
 ) -> jax.Array:
-  """Returns the largest value of each square window.
+  """Returns the largest value of each window.
 
   Args:
     x: [B, H, W, C].
-    kernel: side of the window in pixels.
+    kernel: size of the window in pixels.
     strides: step in both directions in pixels.
-    padding: pixels on each side; they are never the largest.
+    padding: see `convolution.Padding`; padding is never the largest.
   """
-  return nn.max_pool(
-    x, (kernel, kernel), (strides, strides), ((padding, padding),) * 2
+  size, pads = _pads(x, kernel, strides, padding)
+  return nn.max_pool(x, size, (strides, strides), pads)
+
+
+def avg_pool(
+  x: jax.Array,
+  kernel: protocol.Window,
+  strides: int,
+  padding: protocol.Padding = 0,
+  count_padding: bool = False,
+) -> jax.Array:
+  """Returns the mean of each window.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: size of the window in pixels.
+    strides: step in both directions in pixels.
+    padding: see `convolution.Padding`.
+    count_padding: whether padded zeros count.
+  """
+  size, pads = _pads(x, kernel, strides, padding)
+  return nn.avg_pool(
+    x, size, (strides, strides), pads, count_include_pad=count_padding
   )
 
 
-def avg_pool(x: jax.Array, kernel: int, strides: int) -> jax.Array:
-  """Returns the mean of each square window, without padding.
+def pad(x: jax.Array, padding: protocol.Padding, zero: int = 0) -> jax.Array:
+  """Puts zeros around a map.
 
   Args:
     x: [B, H, W, C].
-    kernel: side of the window in pixels.
-    strides: step in both directions in pixels.
+    padding: see `convolution.Padding`.
+    zero: value of the new pixels.
   """
-  return nn.avg_pool(x, (kernel, kernel), (strides, strides))
+  _, pads = _pads(x, 1, 1, padding)
+  return jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=zero)
+
+
+def shuffle(x: jax.Array, groups: int) -> jax.Array:
+  """Transposes channels [groups, n] to [n, groups]; x is [B, H, W, C]."""
+  split = x.reshape(*x.shape[:-1], groups, -1)
+  return split.swapaxes(-1, -2).reshape(x.shape)
+
+
+def resize(x: jax.Array, factor: int) -> jax.Array:
+  """Repeats each pixel of x [B, H, W, C], factor x factor times."""
+  return x.repeat(factor, 1).repeat(factor, 2)
 
 
 def flatten(x: jax.Array) -> jax.Array:
@@ -112,72 +183,116 @@ class ConvVariables(NamedTuple):
 
 
 class ConvBase(nn.Module):
-  """Base of the float and the quantized convolution with BatchNorm.
+  """Base of the float and the quantized convolutions.
 
   Attributes:
     features: number of output channels.
-    kernel: side of the kernel in pixels.
+    kernel: size of the kernel in pixels.
     strides: step in both directions in pixels.
     padding: see `convolution.Padding`.
+    dilation: distance between the kernel's taps in pixels.
     groups: number of channel groups.
-    act: activation after the BatchNorm.
-    epsilon: summand of the variance in the BatchNorm.
+    act: activation of the output.
     dtype: dtype of the convolution; see `convolution.conv2d`.
   """
 
   features: int
-  kernel: int
+  kernel: protocol.Window
   strides: int = 1
   padding: protocol.Padding = None
+  dilation: int = 1
   groups: int = 1
-  act: protocol.Activation = None
-  epsilon: float = protocol.EPSILON
+  act: protocol.Clipping = None
   dtype: convolution.DType = None
 
-  def make_variables(self, x: jax.Array) -> ConvVariables:
-    """Declares the variables for inputs x, [B, H, W, I]."""
-    shape = (self.kernel, self.kernel, x.shape[-1] // self.groups)
-    channels = (self.features,)
-    ones, zeros = nn.initializers.ones, nn.initializers.zeros
-    return ConvVariables(
-      self.param('kernel', nn.initializers.he_normal(), (*shape, *channels)),
-      self.param('scale', ones, channels),
-      self.param('bias', zeros, channels),
-      self.variable('batch_stats', 'mean', jnp.zeros, channels),
-      self.variable('batch_stats', 'var', jnp.ones, channels),
-    )
+  def make_kernel(self, x: jax.Array) -> jax.Array:
+    """Declares the kernel for inputs x, [B, H, W, I]."""
+    size = convolution.window(self.kernel)
+    shape = *size, x.shape[-1] // self.groups, self.features
+    return self.param('kernel', nn.initializers.he_normal(), shape)
+
+  def make_bias(self) -> jax.Array:
+    """Declares the bias."""
+    return self.param('bias', nn.initializers.zeros, (self.features,))
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x [B, H, W, I] with a kernel, to [B, H', W', O]."""
     return convolution.conv2d(
-      x, kernel, self.strides, self.padding, self.groups, self.dtype
+      x,
+      kernel,
+      self.strides,
+      self.padding,
+      self.groups,
+      self.dtype,
+      self.dilation,
+    )
+
+  def patches(self, x: jax.Array) -> jax.Array:
+    """Returns the inputs of output pixels; see `convolution.patches`.
+
+    Covers all images [B, H, W, I] whose patches fit in half a gigabyte.
+    """
+    size = convolution.window(self.kernel)
+    values = math.prod(size) * math.prod(x.shape[1:]) // self.strides**2
+    return convolution.patches(
+      x[: max(1, _MOST_PATCHES // values)],
+      size,
+      self.strides,
+      self.padding,
+      self.groups,
+      self.dilation,
+    )
+
+  def tap(self, h: jax.Array) -> None:
+    """Sows the moments of h [B, H, W, O] into `moments`."""
+    self.sow(
+      'moments',
+      'input',
+      sample_moments(h),
+      reduce_fn=lambda _, new: new,
+      init_fn=lambda: None,
     )
 
 
-class ConvBN(ConvBase):
+class BatchNormBase(ConvBase):
+  """Base of the convolutions with BatchNorm.
+
+  Attributes:
+    epsilon: summand of the variance in the BatchNorm.
+  """
+
+  epsilon: float = protocol.EPSILON
+
+  def make_variables(self, x: jax.Array) -> ConvVariables:
+    """Declares the variables for inputs x, [B, H, W, I]."""
+    channels = (self.features,)
+    return ConvVariables(
+      self.make_kernel(x),
+      self.param('scale', nn.initializers.ones, channels),
+      self.make_bias(),
+      self.variable('batch_stats', 'mean', jnp.zeros, channels),
+      self.variable('batch_stats', 'var', jnp.ones, channels),
+    )
+
+
+class ConvBN(BatchNormBase):
   """Convolution, BatchNorm and activation.
 
   Attributes:
     train: whether the BatchNorm uses and updates batch statistics.
-    tap: whether the moments of the BatchNorm's input are sown into `moments`.
+    taps: whether the moments of the BatchNorm's input are sown into `moments`.
   """
 
   train: bool = False
-  tap: bool = False
+  taps: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, H, W, I] to [B, H', W', O]."""
     kernel, scale, bias, mean, var = self.make_variables(x)
     h = self.convolve(x, kernel)
-    if self.tap:
-      self.sow(
-        'moments',
-        'input',
-        sample_moments(h),
-        reduce_fn=lambda _, new: new,
-        init_fn=lambda: None,
-      )
+    if self.taps:
+      self.tap(h)
     m, v = mean.value, var.value
     if self.train:
       m, v = jnp.mean(h, (0, 1, 2)), jnp.var(h, (0, 1, 2))
@@ -186,6 +301,39 @@ class ConvBN(ConvBase):
           stored.value += (1 - _PRETRAIN_MOMENTUM) * (new - stored.value)
     gain = scale * jax.lax.rsqrt(v + self.epsilon)
     return activate(h * gain + (bias - m * gain), self.act)
+
+
+class Conv(ConvBase):
+  """Convolution with bias, and activation.
+
+  Attributes:
+    taps: whether the moments of the activation's input are sown into `moments`.
+  """
+
+  taps: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, I] to [B, H', W', O]."""
+    kernel, bias = self.make_kernel(x), self.make_bias()
+    h = self.convolve(x, kernel) + bias
+    if self.taps:
+      self.tap(h)
+    return activate(h, self.act)
+
+
+class PReLU(nn.Module):
+  """ReLU with a learned slope below zero, params `slope` [C]."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C] to the same shape."""
+    return self.activate(x)
+
+  def activate(self, x: jax.Array) -> jax.Array:
+    """Declares the slope and applies the activation to x [B, H, W, C]."""
+    constant = nn.initializers.constant(0.25)  # torch's
+    return activate(x, 'prelu', self.param('slope', constant, x.shape[-1:]))
 
 
 class Dense(nn.Module):
@@ -215,7 +363,8 @@ def layer_set(
 
   Args:
     train: whether BatchNorms use and update batch statistics (pretraining).
-    tap: whether convolutions record the moments of BatchNorm inputs.
+    tap: whether convolutions record the moments of their BatchNorm's input, or
+      of their output if they have none.
     dtype: dtype of convolutions; see `convolution.conv2d`.
   """
 
@@ -227,15 +376,28 @@ def layer_set(
 
     return factory
 
+  def act(act, slope=protocol.SLOPE, *, name):
+    if act == 'prelu':
+      return PReLU(name=name)
+    return functools.partial(activate, act=act, slope=slope)
+
   return protocol.LayerSet(
     input=no_weights(lambda x: x),
-    conv_bn=functools.partial(ConvBN, train=train, tap=tap, dtype=dtype),
+    conv_bn=functools.partial(ConvBN, train=train, taps=tap, dtype=dtype),
+    conv=functools.partial(Conv, taps=tap, dtype=dtype),
     dense=Dense,
+    act=act,
     add=no_weights(lambda x, y, act=None: activate(x + y, act)),
+    mul=no_weights(lambda x, y: x * y),
+    concat=no_weights(lambda *inputs: jnp.concatenate(inputs, -1)),
+    slice=no_weights(lambda x, start, stop: x[..., start:stop]),
+    shuffle=no_weights(shuffle),
+    pad=no_weights(pad),
     pad_shortcut=no_weights(pad_channels),
+    resize=no_weights(resize),
     max_pool=no_weights(max_pool),
     avg_pool=no_weights(avg_pool),
-    global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2))),
+    global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2), keepdims=True)),
   )
 
 

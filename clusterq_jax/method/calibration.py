@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clusterq_jax.layers import fake_quant
+from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.method.networks import Networks
 from clusterq_jax.ops.moments import batch_statistics
 
@@ -38,8 +38,8 @@ def calibrate(networks: Networks, teacher: Any, x: jax.Array) -> dict[str, Any]:
   """Sets every quantizer from images.
 
   With learned ranges it also rounds the weights to preserve layer outputs
-  (GPTQ) and corrects BatchNorm so that its input statistics match the
-  teacher's.
+  (GPTQ). It also corrects BatchNorms and biases, so that the statistics of
+  their inputs match the teacher's.
 
   Args:
     networks: teacher and student.
@@ -54,11 +54,11 @@ def calibrate(networks: Networks, teacher: Any, x: jax.Array) -> dict[str, Any]:
   )
   variables = dict(teacher)
   if networks.plan.learned:
-    _, moments = networks.teach(teacher, x)
-    found = [batch_statistics(m) for m in moments]
-    names = networks.graph.batch_norms
+    tapped = float_layers.layer_set(tap=True, dtype=networks.dtype)
+    _, taps = networks.build(tapped).apply(teacher, x, mutable=['moments'])
     variables['targets'] = {
-      name: {'input': target} for name, target in zip(names, found, strict=True)
+      name: {'input': batch_statistics(own['input'])}
+      for name, own in taps['moments'].items()
     }
   _, student = networks.build(layers).apply(
     variables, x, mutable=['params', 'quant']

@@ -1,70 +1,176 @@
-"""The wiring of a network, read off the architecture's own code.
+"""The graph of a network: what its layers are, and what each one reads.
 
-Bit widths and places of quantizers are decided from it (`quant/plan.py`).
+The graph is the network. Teacher and student files carry it in their headers
+(`graph_file`), `network.Network` builds it with any layer set, and bit widths
+and places of quantizers follow from it (`quant/plan.py`).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 
 from clusterq_jax.models import protocol
+from clusterq_jax.ops import convolution
+
+Shape = tuple[int, int, int]  # (H, W, C)
+
+_CONV = (
+  'features',
+  'kernel',
+  'strides',
+  'padding',
+  'dilation',
+  'groups',
+  'act',
+)
+# Fields of a node that its factory takes, by op.
+OPTIONS: dict[str, tuple[str, ...]] = {
+  'input': (),
+  'conv_bn': (*_CONV, 'epsilon'),
+  'conv': _CONV,
+  'dense': ('features',),
+  'act': ('act', 'slope'),
+  'add': ('act',),
+  'mul': (),
+  'concat': (),
+  'slice': ('start', 'stop'),
+  'shuffle': ('groups',),
+  'pad': ('padding',),
+  'pad_shortcut': ('features', 'strides'),
+  'resize': ('factor',),
+  'max_pool': ('kernel', 'strides', 'padding'),
+  'avg_pool': ('kernel', 'strides', 'padding', 'count_padding'),
+  'global_avg_pool': (),
+}
+_MOVES = (
+  'pad_shortcut',
+  'max_pool',
+  'slice',
+  'shuffle',
+  'pad',
+  'resize',
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-  """One layer of the wiring.
+  """One layer of a network.
 
   Attributes:
     name: name of the layer, also its key in every variable collection.
-    op: factory that made it, as a field name of `LayerSet`.
+    op: factory that makes it, as a field name of `LayerSet`.
     inputs: names of the layers whose outputs it reads.
-    act: activation applied to its output.
-    features: channels of its output; None if its input has as many.
-    kernel: side of a convolution's or pool's window in pixels.
+    act: activation; see `LayerSet`.
+    features: channels of the output, if the layer chooses them.
+    kernel: height and width of a convolution's or pool's window in pixels.
     strides: step of a convolution, pool or shortcut in pixels.
-    padding: padding of a convolution or pool, as in `LayerSet`.
-    groups: number of groups of a convolution's channels.
-    epsilon: epsilon of a convolution's BatchNorm.
+    padding: padding of a convolution or pool, or of `pad`.
+    dilation: distance between the taps of a convolution in pixels.
+    groups: number of groups of a convolution's or shuffle's channels.
+    epsilon: epsilon of a BatchNorm.
+    slope: slope of leaky_relu below zero, or elu's limit.
+    start: first channel of a slice.
+    stop: channel after the last one of a slice.
+    factor: factor of a resize.
+    count_padding: whether an average pool counts padded zeros.
   """
 
   name: str
   op: str
   inputs: tuple[str, ...]
-  act: protocol.Activation = None
+  act: protocol.Activation | None = None
   features: int | None = None
-  kernel: int = 1
+  kernel: tuple[int, int] = (1, 1)
   strides: int = 1
   padding: protocol.Padding = None
+  dilation: int = 1
   groups: int = 1
   epsilon: float = protocol.EPSILON
+  slope: float = protocol.SLOPE
+  start: int = 0
+  stop: int = 0
+  factor: int = 1
+  count_padding: bool = False
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Returns the arguments of the layer's factory."""
+    return {key: getattr(self, key) for key in OPTIONS[self.op]}
 
   @property
   def moves(self) -> bool:
     """Tells whether values only move; the output stays on the input's grid."""
-    return self.op in ('pad_shortcut', 'max_pool')
+    return self.op in _MOVES
 
   @property
   def averages(self) -> bool:
     """Tells whether values are averaged; the output keeps the input's sign."""
     return self.op in ('avg_pool', 'global_avg_pool')
 
+  @property
+  def scales(self) -> bool:
+    """Tells whether it only scales and shifts channels: a BatchNorm alone."""
+    return (
+      self.op in ('conv_bn', 'conv')
+      and self.kernel == (1, 1)
+      and 1 < self.groups == self.features
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-  """The wiring of a network: its layers in forward order."""
+  """A network: its layers in forward order.
+
+  Attributes:
+    nodes: the layers. The first is the input, the last the classifier.
+    image_shape: (H, W, C) of the only images that the network takes; None if
+      it takes any. Shapes of an imported network are frozen.
+  """
 
   nodes: tuple[Node, ...]
+  image_shape: Shape | None = None
+
+  @functools.cached_property
+  def _by_name(self) -> dict[str, Node]:
+    return {node.name: node for node in self.nodes}
+
+  @functools.cached_property
+  def _readers(self) -> dict[str, tuple[Node, ...]]:
+    readers: dict[str, tuple[Node, ...]] = {n.name: () for n in self.nodes}
+    for node in self.nodes:
+      for name in dict.fromkeys(node.inputs):
+        readers[name] += (node,)
+    return readers
+
+  @functools.cached_property
+  def _channels(self) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if self.image_shape is not None:
+      found[self.nodes[0].name] = self.image_shape[2]
+    for node in self.nodes:
+      if node.features is not None:
+        found[node.name] = node.features
+      elif node.op == 'slice':
+        found[node.name] = node.stop - node.start
+      elif all(name in found for name in node.inputs) and node.inputs:
+        counts = [found[name] for name in node.inputs]
+        found[node.name] = sum(counts) if node.op == 'concat' else counts[0]
+    return found
 
   def node(self, name: str) -> Node:
     """Returns the layer of that name."""
-    return next(n for n in self.nodes if n.name == name)
+    return self._by_name[name]
 
   def channels(self, name: str) -> int:
-    """Returns the channels of a layer's output; the input layer has none."""
-    node = self.node(name)
-    return node.features or self.channels(node.inputs[0])
+    """Returns the channels of a layer's output.
+
+    Raises:
+      KeyError: they are those of the images, and the network takes any.
+    """
+    return self._channels[name]
 
   @functools.cached_property
   def batch_norms(self) -> tuple[str, ...]:
@@ -72,37 +178,200 @@ class Graph:
     return tuple(n.name for n in self.nodes if n.op == 'conv_bn')
 
   @functools.cached_property
-  def last_stage(self) -> frozenset[str]:
-    """Returns convolutions and adds at the last convolution's resolution."""
-    scales: dict[str, int] = {}
-    for node in self.nodes:
-      scale = max(scales.get(name, 1) for name in node.inputs)
-      scales[node.name] = scale * node.strides
-    return frozenset(
-      node.name
-      for node in self.nodes
-      if node.op in ('conv_bn', 'add')
-      and scales[node.name] == scales[self.batch_norms[-1]]
+  def weighted(self) -> tuple[str, ...]:
+    """Returns the names of layers with weights, in forward order."""
+    return tuple(
+      n.name for n in self.nodes if n.op in ('conv_bn', 'conv', 'dense')
     )
 
   @functools.cached_property
-  def weighted(self) -> tuple[str, ...]:
-    """Returns the names of layers with weights, in forward order."""
-    return tuple(n.name for n in self.nodes if n.op in ('conv_bn', 'dense'))
+  def vectors(self) -> frozenset[str]:
+    """Returns the layers after a global pool, whose outputs are vectors."""
+    found: set[str] = set()
+    for node in self.nodes:
+      if node.op == 'global_avg_pool' or (
+        node.inputs and found.issuperset(node.inputs)
+      ):
+        found.add(node.name)
+    return frozenset(found)
+
+  @functools.cached_property
+  def gates(self) -> frozenset[str]:
+    """Returns the layers of squeeze-excite branches.
+
+    These are the vectors that reach a product with a feature map through
+    vectors only.
+    """
+    found: set[str] = set()
+    for node in reversed(self.nodes):
+      gated = node.op in ('mul', 'add') and node.name not in self.vectors
+      if gated or node.name in found:
+        found |= self.vectors.intersection(node.inputs)
+    return frozenset(found)
+
+  @functools.cached_property
+  def last_stage(self) -> frozenset[str]:
+    """Returns the layers at the last BatchNorm's resolution."""
+    scales: dict[str, float] = {}
+    for node in self.nodes:
+      scale = max((scales[name] for name in node.inputs), default=1.0)
+      scales[node.name] = scale * node.strides / node.factor
+    return frozenset(
+      node.name
+      for node in self.nodes
+      if node.op in ('conv_bn', 'conv', 'add', 'act', 'mul', 'concat')
+      and node.name not in self.gates
+      and scales[node.name] == scales[self.batch_norms[-1]]
+    )
+
+  def readers(self, name: str) -> tuple[Node, ...]:
+    """Returns the layers that read an output."""
+    return self._readers[name]
 
   def consumers(self, name: str) -> tuple[Node, ...]:
     """Returns the layers that compute with an output, also after moves."""
-    found: tuple[Node, ...] = ()
+    found: dict[str, Node] = {}
+    pending, seen = [name], {name}
+    while pending:
+      for node in self._readers[pending.pop()]:
+        if not node.moves:
+          found[node.name] = node
+        elif node.name not in seen:
+          seen.add(node.name)
+          pending.append(node.name)
+    return tuple(found.values())
+
+  def shapes(self, image_shape: Shape | None = None) -> dict[str, Shape]:
+    """Computes the shape of each layer's output.
+
+    Args:
+      image_shape: (H, W, C) of the images; None takes the graph's own.
+
+    Returns:
+      (H, W, C) by layer name, in forward order; logits are (1, 1, K).
+
+    Raises:
+      ValueError: a layer cannot take its inputs. The message names it.
+    """
+    image_shape = image_shape or self.image_shape
+    assert image_shape is not None, 'the graph takes any image'
+    found: dict[str, Shape] = {}
     for node in self.nodes:
-      if name in node.inputs:
-        found += self.consumers(node.name) if node.moves else (node,)
+      inputs = [found[name] for name in node.inputs] or [image_shape]
+      try:
+        found[node.name] = _output_shape(node, inputs)
+      except ValueError as e:
+        raise ValueError(f'{node.op} {node.name}: {e}') from e
     return found
+
+  def variable_shapes(
+    self, image_shape: Shape | None = None
+  ) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
+    """Computes the shapes of the variables of the float network.
+
+    Args:
+      image_shape: (H, W, C) of the images; None takes the graph's own.
+
+    Returns:
+      {'params', 'batch_stats'} -> layer -> leaf -> shape.
+
+    Raises:
+      ValueError: see `shapes`.
+    """
+    image_shape = image_shape or self.image_shape
+    shapes = self.shapes(image_shape)
+    params: dict[str, dict[str, tuple[int, ...]]] = {}
+    stats: dict[str, dict[str, tuple[int, ...]]] = {}
+    for node in self.nodes:
+      h, w, c = shapes[node.inputs[0]] if node.inputs else (0, 0, 0)
+      out = shapes[node.name][2:]
+      if node.op in ('conv_bn', 'conv'):
+        kernel = (*node.kernel, c // node.groups, *out)
+        params[node.name] = {'kernel': kernel, 'bias': out}
+      elif node.op == 'dense':
+        params[node.name] = {'kernel': (h * w * c, *out), 'bias': out}
+      elif node.act == 'prelu':
+        params[node.name] = {'slope': out}
+      if node.op == 'conv_bn':
+        params[node.name]['scale'] = out
+        stats[node.name] = {'mean': out, 'var': out}
+    return {'params': params, 'batch_stats': stats}
+
+
+def _output_shape(node: Node, inputs: list[Shape]) -> Shape:
+  """Computes the shape of a layer's output from those of its inputs."""
+  h, w, c = inputs[0]
+  if node.op in ('conv_bn', 'conv', 'max_pool', 'avg_pool'):
+    pads = convolution.explicit(
+      (h, w), node.kernel, node.strides, node.padding, node.dilation
+    )
+    sizes = [
+      (size + sum(pad) - (side - 1) * node.dilation - 1) // node.strides + 1
+      for size, pad, side in zip((h, w), pads, node.kernel, strict=True)
+    ]
+    if min(sizes) < 1:
+      raise ValueError(
+        f'its window of {node.kernel[0]}x{node.kernel[1]} pixels does not fit '
+        f'a map of {h}x{w}'
+      )
+    if node.features is not None and (
+      c % node.groups or node.features % node.groups
+    ):
+      raise ValueError(
+        f'{node.groups} groups do not divide {c} input and {node.features} '
+        'output channels'
+      )
+    return sizes[0], sizes[1], node.features or c
+  if node.op == 'dense':
+    assert node.features is not None
+    return 1, 1, node.features
+  if node.op in ('add', 'mul'):
+    return _broadcast(inputs)
+  if node.op == 'concat':
+    if len({shape[:2] for shape in inputs}) > 1:
+      raise ValueError(f'its inputs have different sizes: {_text(inputs)}')
+    return h, w, sum(shape[2] for shape in inputs)
+  if node.op == 'slice':
+    if not 0 <= node.start < node.stop <= c:
+      raise ValueError(
+        f'channels {node.start} to {node.stop} of an input with {c}'
+      )
+    return h, w, node.stop - node.start
+  if node.op == 'shuffle' and c % node.groups:
+    raise ValueError(f'{node.groups} groups do not divide {c} channels')
+  if node.op == 'pad':
+    (top, bottom), (left, right) = convolution.explicit(
+      (h, w), (1, 1), 1, node.padding
+    )
+    return h + top + bottom, w + left + right, c
+  if node.op == 'pad_shortcut':
+    assert node.features is not None
+    if node.features < c:
+      raise ValueError(f'{node.features} channels from {c}')
+    return -(-h // node.strides), -(-w // node.strides), node.features
+  if node.op == 'resize':
+    return h * node.factor, w * node.factor, c
+  if node.op == 'global_avg_pool':
+    return 1, 1, c
+  return h, w, c
+
+
+def _broadcast(inputs: list[Shape]) -> Shape:
+  largest = max(inputs, key=lambda shape: shape[0] * shape[1])
+  for shape in inputs:
+    if shape != largest and shape != (1, 1, largest[2]):
+      raise ValueError(f'its inputs do not fit: {_text(inputs)}')
+  return largest
+
+
+def _text(shapes: list[Shape]) -> str:
+  return ', '.join('x'.join(map(str, shape)) for shape in shapes)
 
 
 def trace(build: Callable[[protocol.LayerSet], nn.Module]) -> Graph:
-  """Reads the wiring off an architecture, without any array.
+  """Reads the graph off a Linen module, without any array.
 
-  While the network runs, each tensor is the name of the layer that made it.
+  While the module runs, each tensor is the name of the layer that made it.
 
   Args:
     build: makes the network from a layer set.
@@ -110,16 +379,22 @@ def trace(build: Callable[[protocol.LayerSet], nn.Module]) -> Graph:
   Raises:
     ValueError: two layers have the same name.
   """
-  nodes: list[Node] = []
+  nodes: dict[str, Node] = {}
 
   def recorder(op: str) -> protocol.Layer:
     def factory(*args, name: str, **options):
-      options |= dict(zip(('features', 'kernel'), args, strict=False))
+      options |= dict(zip(OPTIONS[op], args, strict=False))
+      if op == 'avg_pool':
+        options.setdefault('padding', 0)
+      if 'kernel' in options:
+        options['kernel'] = convolution.window(options['kernel'])
 
       def layer(*inputs: str) -> str:
-        if any(node.name == name for node in nodes):
+        if name in nodes:
           raise ValueError(f'two layers are called {name!r}')
-        nodes.append(Node(name, op, inputs, **options))
+        if op == 'input':
+          inputs = ()
+        nodes[name] = Node(name, op, inputs, **options)
         return name
 
       return layer
@@ -130,4 +405,4 @@ def trace(build: Callable[[protocol.LayerSet], nn.Module]) -> Graph:
   build(protocol.LayerSet(**{op: recorder(op) for op in fields})).apply(
     {}, 'image'
   )
-  return Graph(tuple(nodes))
+  return Graph(tuple(nodes.values()))

@@ -29,33 +29,49 @@ from jax import lax
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 # int: pixels on each side. 'same': TensorFlow's padding, with up to one more
 # pixel at the end. None: half the kernel's side, rounded down, on each side.
-Padding = int | Literal['same'] | None
+# Pads: pixels before and after, for the height and for the width.
 Pads = tuple[tuple[int, int], tuple[int, int]]
+Padding = int | Literal['same'] | Pads | None
+Window = int | tuple[int, int]
 DType = Any
 
 
-def explicit(x: jax.Array, side: int, strides: int, padding: Padding) -> Pads:
+def window(size: Window) -> tuple[int, int]:
+  """Returns height and width of a window; an int is the side of a square."""
+  return (size, size) if isinstance(size, int) else size
+
+
+def explicit(
+  size: tuple[int, ...],
+  kernel: tuple[int, ...],
+  strides: int,
+  padding: Padding,
+  dilation: int = 1,
+) -> Pads:
   """Converts a padding to explicit numbers of pixels.
 
   Args:
-    x: images, [B, H, W, C].
-    side: side of the window in pixels.
+    size: height and width of the input in pixels.
+    kernel: height and width of the window in pixels.
     strides: step in both directions in pixels.
     padding: see `Padding`.
+    dilation: distance between the window's taps in pixels.
 
   Returns:
     (before, after) for the height and for the width, in pixels.
   """
-  if padding is None:
-    padding = side // 2
+  if isinstance(padding, tuple):
+    return padding
 
-  def both(size: int) -> tuple[int, int]:
-    if padding != 'same':
-      return padding, padding
-    total = max((-(-size // strides) - 1) * strides + side - size, 0)
-    return total // 2, total - total // 2
+  def both(size: int, side: int) -> tuple[int, int]:
+    if padding == 'same':
+      reach = (side - 1) * dilation + 1
+      total = max((-(-size // strides) - 1) * strides + reach - size, 0)
+      return total // 2, total - total // 2
+    one = side // 2 * dilation if padding is None else padding
+    return one, one
 
-  return both(x.shape[1]), both(x.shape[2])
+  return both(size[0], kernel[0]), both(size[1], kernel[1])
 
 
 def convolve(
@@ -65,17 +81,19 @@ def convolve(
   pads: Pads,
   groups: int = 1,
   precision: lax.Precision | None = None,
+  dilation: int = 1,
 ) -> jax.Array:
   """Convolves images, without the fast weight gradient of `conv2d`.
 
   Args:
     x: images, [B, H, W, I].
-    kernel: weights, [k, k, I / groups, O].
+    kernel: weights, [kh, kw, I / groups, O].
     strides: step in both directions in pixels.
     pads: padding from `explicit`.
     groups: number of channel groups.
     precision: precision of XLA's products; depthwise convolutions on CPU have
       the precision of their dtype.
+    dilation: distance between the kernel's taps in pixels.
 
   Returns:
     [B, H', W', O].
@@ -87,6 +105,7 @@ def convolve(
       kernel,
       (strides, strides),
       pads,
+      rhs_dilation=(dilation, dilation),
       dimension_numbers=_DIMENSIONS,
       feature_group_count=groups,
       precision=precision,
@@ -94,11 +113,13 @@ def convolve(
 
   if not _depthwise(x, kernel, groups):
     return xla(x, kernel)
-  cpu = functools.partial(_shifted_sum, strides=strides, pads=pads)
+  cpu = functools.partial(
+    _shifted_sum, strides=strides, pads=pads, dilation=dilation
+  )
   return lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def conv2d(
   x: jax.Array,
   kernel: jax.Array,
@@ -106,25 +127,33 @@ def conv2d(
   padding: Padding = None,
   groups: int = 1,
   dtype: DType = None,
+  dilation: int = 1,
 ) -> jax.Array:
-  """Convolves images with a square kernel.
+  """Convolves images.
 
   Args:
     x: images, [B, H, W, I].
-    kernel: weights, [k, k, I / groups, O].
+    kernel: weights, [kh, kw, I / groups, O].
     strides: step in both directions in pixels.
     padding: see `Padding`.
     groups: number of channel groups.
     dtype: dtype in which the convolution and its gradients are computed; None
       keeps the dtype of x.
+    dilation: distance between the kernel's taps in pixels.
 
   Returns:
-    [B, H', W', O] in the dtype of x. H' = (H + p - k) // strides + 1, where p
-    is the padding on both sides together. W' is computed in the same way.
+    [B, H', W', O] in the dtype of x. H' = (H + p - r) // strides + 1, where p
+    is the padding on both sides together and r = (kh - 1) dilation + 1. W' is
+    computed in the same way.
   """
-  pads = explicit(x, kernel.shape[0], strides, padding)
+  pads = explicit(x.shape[1:3], kernel.shape[:2], strides, padding, dilation)
   y = convolve(
-    _rounded(x, dtype), _rounded(kernel, dtype), strides, pads, groups
+    _rounded(x, dtype),
+    _rounded(kernel, dtype),
+    strides,
+    pads,
+    groups,
+    dilation=dilation,
   )
   return y.astype(x.dtype)
 
@@ -133,24 +162,24 @@ def _rounded(a: jax.Array, dtype: DType) -> jax.Array:
   return a if dtype is None else a.astype(dtype)
 
 
-def _forward(x, kernel, strides, padding, groups, dtype):
-  y = conv2d(x, kernel, strides, padding, groups, dtype)
+def _forward(x, kernel, strides, padding, groups, dtype, dilation):
+  y = conv2d(x, kernel, strides, padding, groups, dtype, dilation)
   like = jnp.zeros((), x.dtype)
   return y, (_rounded(x, dtype), _rounded(kernel, dtype), like)
 
 
-def _backward(strides, padding, groups, dtype, residuals, g):
+def _backward(strides, padding, groups, dtype, dilation, residuals, g):
   x, kernel, like = residuals
   gradients = _gradients(
-    strides, padding, groups, x, kernel, _rounded(g, dtype)
+    strides, padding, groups, dilation, x, kernel, _rounded(g, dtype)
   )
   return tuple(a.astype(like.dtype) for a in gradients)
 
 
-def _gradients(strides, padding, groups, x, kernel, g):
+def _gradients(strides, padding, groups, dilation, x, kernel, g):
   """Computes d loss / d x and d loss / d kernel from g = d loss / d y."""
-  side = kernel.shape[0]
-  pads = explicit(x, side, strides, padding)
+  size = kernel.shape[:2]
+  pads = explicit(x.shape[1:3], size, strides, padding, dilation)
 
   def convolution(x, kernel):
     return lax.conv_general_dilated(
@@ -158,6 +187,7 @@ def _gradients(strides, padding, groups, x, kernel, g):
       kernel,
       (strides, strides),
       pads,
+      rhs_dilation=(dilation, dilation),
       dimension_numbers=_DIMENSIONS,
       feature_group_count=groups,
     )
@@ -169,21 +199,23 @@ def _gradients(strides, padding, groups, x, kernel, g):
     return jax.vjp(lambda kernel: convolution(x, kernel), kernel)[1](g)[0]
 
   if _depthwise(x, kernel, groups):
+    options = {'strides': strides, 'pads': pads, 'dilation': dilation}
     transposed = functools.partial(
-      _shifted_sum_transposed, strides=strides, pads=pads, shape=x.shape
+      _shifted_sum_transposed, shape=x.shape, **options
     )
     dx = lax.platform_dependent(g, kernel, cpu=transposed, default=xla_input)
-    fast = functools.partial(
-      _depthwise_weight_gradient, side, strides=strides, pads=pads
-    )
+    fast = functools.partial(_depthwise_weight_gradient, size, **options)
     return dx, lax.platform_dependent(x, g, cpu=fast, default=xla_weight)
   dx = xla_input(g, kernel)
-  same = pads == ((side // 2, side // 2),) * 2
-  if side == 1 and groups == 1 and same:
+  side = size[0]
+  # The fast products are for square kernels, centred and dense.
+  same = pads == ((side // 2, side // 2),) * 2 and side == size[1]
+  same = same and dilation == 1 and groups == 1
+  if side == 1 and same:
     # A 1x1 convolution is a matrix product of the pixels that it reads.
     x = x[:, ::strides, ::strides]
     return dx, _column_gradient(side, x, g)
-  if strides == 1 and groups == 1 and same:
+  if strides == 1 and same:
     # With few outputs, products per row have too few columns to be fast.
     product = _column_gradient if g.shape[-1] <= 4 else _row_gradient
     fast = functools.partial(product, side)
@@ -198,21 +230,33 @@ def _depthwise(x, kernel, groups: int) -> bool:
   return groups > 1 and x.shape[-1] == groups == kernel.shape[-1]
 
 
-def _taps(x: jax.Array, side: int, strides: int, pads: Pads):
-  """Returns the pixels under each kernel tap, side^2 arrays [B, H', W', C]."""
+def _taps(
+  x: jax.Array,
+  size: tuple[int, int],
+  strides: int,
+  pads: Pads,
+  dilation: int = 1,
+):
+  """Returns the pixels under each kernel tap, kh * kw arrays [B, H', W', C]."""
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   height, width = (
-    (size - side) // strides * strides + 1 for size in x.shape[1:3]
+    (pixels - (side - 1) * dilation - 1) // strides * strides + 1
+    for pixels, side in zip(x.shape[1:3], size, strict=True)
   )
   return [
     x[:, i : i + height : strides, j : j + width : strides]
-    for i in range(side)
-    for j in range(side)
+    for i in range(0, size[0] * dilation, dilation)
+    for j in range(0, size[1] * dilation, dilation)
   ]
 
 
 def patches(
-  x: jax.Array, side: int, strides: int, padding: Padding, groups: int
+  x: jax.Array,
+  kernel: tuple[int, int],
+  strides: int,
+  padding: Padding,
+  groups: int,
+  dilation: int = 1,
 ) -> jax.Array:
   """Extracts the inputs of each output pixel of `conv2d` (im2col).
 
@@ -220,55 +264,60 @@ def patches(
 
   Args:
     x: images, [B, H, W, I].
-    side: side k of the kernel in pixels.
+    kernel: height kh and width kw of the kernel in pixels.
     strides: step in both directions in pixels.
     padding: see `Padding`.
     groups: number G of channel groups.
+    dilation: distance between the kernel's taps in pixels.
 
   Returns:
-    [P, G, N] with P = B * H' * W' output pixels. The N = k * k * I / G inputs
+    [P, G, N] with P = B * H' * W' output pixels. The N = kh * kw * I / G inputs
     have the order of the kernel's leading axes.
   """
-  taps = _taps(x, side, strides, explicit(x, side, strides, padding))
+  pads = explicit(x.shape[1:3], kernel, strides, padding, dilation)
+  taps = _taps(x, kernel, strides, pads, dilation)
   rows = [tap.reshape(-1, groups, tap.shape[-1] // groups) for tap in taps]
   return jnp.stack(rows, 2).reshape(len(rows[0]), groups, -1)
 
 
-def _shifted_sum(x, kernel, *, strides, pads):
+def _shifted_sum(x, kernel, *, strides, pads, dilation):
   """Computes a depthwise convolution as a sum of shifted products."""
-  side = kernel.shape[0]
-  rows = kernel.reshape(side * side, -1)
-  taps = _taps(x, side, strides, pads)
+  size = kernel.shape[:2]
+  rows = kernel.reshape(size[0] * size[1], -1)
+  taps = _taps(x, size, strides, pads, dilation)
   return sum(tap * row for tap, row in zip(taps, rows, strict=True))
 
 
-def _shifted_sum_transposed(g, kernel, *, strides, pads, shape):
+def _shifted_sum_transposed(g, kernel, *, strides, pads, dilation, shape):
   """Computes d loss / d x: the flipped kernel over the dilated gradient."""
-  side = kernel.shape[0]
   ends = [(0, 0, 0)]
-  for size, out, (low, high) in zip(
-    shape[1:3], g.shape[1:3], pads, strict=True
+  for size, out, side, (low, high) in zip(
+    shape[1:3], g.shape[1:3], kernel.shape[:2], pads, strict=True
   ):
+    reach = (side - 1) * dilation
     # Pixels at the end that no window reached because of the strides.
-    rest = size + low + high - side - (out - 1) * strides
-    ends.append((side - 1 - low, side - 1 - high + rest, strides - 1))
+    rest = size + low + high - reach - 1 - (out - 1) * strides
+    ends.append((reach - low, reach - high + rest, strides - 1))
   g = lax.pad(g, jnp.zeros((), g.dtype), [*ends, (0, 0, 0)])
-  return _shifted_sum(g, kernel[::-1, ::-1], strides=1, pads=((0, 0), (0, 0)))
+  none = ((0, 0), (0, 0))
+  return _shifted_sum(
+    g, kernel[::-1, ::-1], strides=1, pads=none, dilation=dilation
+  )
 
 
-def _depthwise_weight_gradient(side, x, g, *, strides, pads):
+def _depthwise_weight_gradient(size, x, g, *, strides, pads, dilation):
   """Computes d loss / d kernel of a depthwise convolution."""
 
   # One image at a time stays in the cache while all taps read it.
   def add(total, image):
     x, g = image
-    taps = _taps(x[None], side, strides, pads)
+    taps = _taps(x[None], size, strides, pads, dilation)
     rows = [jnp.sum(tap * g, (0, 1, 2)) for tap in taps]
     return total + jnp.stack(rows), None
 
-  zeros = jnp.zeros((side * side, x.shape[-1]), g.dtype)
+  zeros = jnp.zeros((size[0] * size[1], x.shape[-1]), g.dtype)
   rows, _ = lax.scan(add, zeros, (x, g))
-  return rows.reshape(side, side, 1, -1)
+  return rows.reshape(*size, 1, -1)
 
 
 # --- Weight gradient ---------------------------------------------------------

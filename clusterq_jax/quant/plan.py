@@ -8,7 +8,10 @@ There are two placements:
   that feed a convolution have the activation bits. All others have 8 bits.
 
 In both, the inputs of the network and of the classifier have 8 bits, which the
-literature leaves in float. Logits are not quantized.
+literature leaves in float. Logits are not quantized. Squeeze-excite branches
+and lone BatchNorms have weights and inputs of 8 bits; in `paper`, lone
+BatchNorms read float. A layer that feeds only a concat has no quantizer of its
+own: the concat's quantizes all inputs with one grid.
 
 The range of the network input is the range of pixels, which is known before
 calibration. Synthetic images have less contrast than real ones. A range
@@ -29,6 +32,9 @@ from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.quant import numerics
 
 WIDE_BITS = 8
+# Activations with values in [0, 1], and all that are never negative.
+_FRACTIONS = ('sigmoid', 'hard_sigmoid')
+_POSITIVE = ('relu', 'relu6', *_FRACTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,42 +120,73 @@ def make_plan(
     input_limit: largest magnitude of the network input, in normalised pixel
       units.
   """
-  weights = dict.fromkeys(graph.weighted, bits.weights)
-  weights[graph.weighted[0]] = bits.first
-  weights[graph.weighted[-1]] = bits.last
   outputs = {}
+  signed = _signed(graph)
   for node in graph.nodes:
     width = _output_bits(graph, node, bits)
     if width is not None:
-      signed = _signed(graph, node)
       step = None
       if node.op == 'input':
-        step = input_limit / numerics.activation_range(width, signed)[1]
-      shifted = learned and signed and width < WIDE_BITS
-      outputs[node.name] = Output(width, signed, step, shifted)
-  return Plan(tuple(weights.items()), tuple(outputs.items()), learned)
+        step = input_limit / numerics.activation_range(width, True)[1]
+      elif node.act in _FRACTIONS and width == WIDE_BITS:
+        step = 1 / numerics.activation_range(width, False)[1]
+      shifted = learned and signed[node.name] and width < WIDE_BITS
+      outputs[node.name] = Output(width, signed[node.name], step, shifted)
+  return Plan(_weights(graph, bits), tuple(outputs.items()), learned)
+
+
+def _weights(graph: Graph, bits: Bits) -> tuple[tuple[str, int], ...]:
+  """Returns (layer name, bits) of every layer with weights."""
+  narrow = [name for name in graph.weighted if not _is_wide(graph, name)]
+  weights = dict.fromkeys(graph.weighted, WIDE_BITS)
+  weights |= dict.fromkeys(narrow, bits.weights)
+  weights[narrow[0]] = bits.first
+  weights[graph.weighted[-1]] = bits.last
+  return tuple(weights.items())
+
+
+def _is_wide(graph: Graph, name: str) -> bool:
+  """Tells whether a layer has 8 bits, whatever the network has.
+
+  Lone BatchNorms have one weight per channel. Squeeze-excite branches have few
+  weights and decide about whole channels.
+  """
+  return graph.node(name).scales or name in graph.gates
 
 
 def _output_bits(graph: Graph, node: Node, bits: Bits) -> int | None:
   """Returns the bits of a layer's output, or None without a quantizer."""
-  feeds = {consumer.op for consumer in graph.consumers(node.name)}
+  consumers = graph.consumers(node.name)
   if node.op == 'dense' or node.moves:
     return None  # logits stay in float; moved values stay on their grid
   if node.op == 'input':
     return WIDE_BITS
-  if 'conv_bn' in feeds:
+  if [consumer.op for consumer in consumers] == ['concat']:
+    return None  # the concat quantizes all its inputs with one grid
+  convolved = {
+    _is_wide(graph, consumer.name)
+    for consumer in consumers
+    if consumer.op in ('conv_bn', 'conv')
+    # Without integers everywhere, a lone BatchNorm computes in float.
+    and not (consumer.scales and bits.placement == 'paper')
+  }
+  if False in convolved:
     return bits.activations
-  if 'dense' in feeds or bits.placement == 'integer':
+  feeds_dense = any(consumer.op == 'dense' for consumer in consumers)
+  if True in convolved or feeds_dense or bits.placement == 'integer':
     return WIDE_BITS
   return None
 
 
-def _signed(graph: Graph, node: Node) -> bool:
-  """Tells whether a layer's output can be negative."""
-  if node.averages or node.moves:
-    sources = [n for n in graph.nodes if n.name in node.inputs]
-    return any(_signed(graph, source) for source in sources)
-  return node.act is None
+def _signed(graph: Graph) -> dict[str, bool]:
+  """Tells for each layer whether its output can be negative."""
+  signed: dict[str, bool] = {}
+  for node in graph.nodes:
+    if node.averages or node.moves or node.op in ('mul', 'concat'):
+      signed[node.name] = any(signed[name] for name in node.inputs)
+    else:
+      signed[node.name] = node.act not in _POSITIVE
+  return signed
 
 
 def weight_bytes(params: Mapping, plan: Plan) -> float:

@@ -13,7 +13,7 @@ from clusterq_jax import weights as weights_lib
 from clusterq_jax.data.assets import ASSETS
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
-from clusterq_jax.models import registry
+from clusterq_jax.models import network, registry
 from clusterq_jax.models.graph import Graph, trace
 from clusterq_jax.models.preprocessing import Preprocessing
 
@@ -81,8 +81,8 @@ def load(
       f'{path}: the classifier has {classes} classes; '
       f'config.teacher.num_classes={num_classes}'
     )
-  build = registry.builder(arch, **options)
-  graph = trace(build)
+  graph = trace(registry.builder(arch, **options))
+  build = network.builder(graph)
   expected = _preprocessing(path, arch, loaded, preprocessing)
   _check_image_size(build, graph, loaded.variables, expected)
   return Teacher(
@@ -212,12 +212,12 @@ def _check_image_size(
   preprocessing: Preprocessing,
 ) -> None:
   """Refuses an image size that changes the input of the classifier."""
-  network = build(float_layers.layer_set())
+  whole = build(float_layers.layer_set())
   images = jax.ShapeDtypeStruct((1, *preprocessing.shape), np.float32)
   last = graph.weighted[-1]
   found = len(variables['params'][last]['kernel'])
   try:
-    shapes = jax.eval_shape(network.init, jax.random.key(0), images)
+    shapes = jax.eval_shape(whole.init, jax.random.key(0), images)
     given = shapes['params'][last]['kernel'].shape[0]
   except ZeroDivisionError:  # in an initialiser, because no window fits
     given = 0

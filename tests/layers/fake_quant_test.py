@@ -31,7 +31,7 @@ def _quant_conv(**modes):
     outputs=(('conv', plan.Output(4, False)),),
     learned=False,
   )
-  return fake_quant.QuantConv(
+  return fake_quant.QuantConvBN(
     plan=decided, features=6, kernel=1, act='relu', name='conv', **modes
   )
 

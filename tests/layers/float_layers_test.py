@@ -23,7 +23,7 @@ from tests.reference import conv_variables, numpy_batch_norm, numpy_conv
   ],
 )
 def test_float_conv_bn(image, side, strides, padding, act):
-  layer = float_layers.ConvBN(6, side, strides, padding, act=act, tap=True)
+  layer = float_layers.ConvBN(6, side, strides, padding, act=act, taps=True)
   variables = conv_variables(side, 4, 6)
   y, state = layer.apply(variables, image, mutable=['moments'])
   pad = side // 2 if padding is None else padding

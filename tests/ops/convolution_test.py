@@ -127,7 +127,9 @@ def test_outputs_are_products_of_patches_and_kernel(
   x = random.randn(2, 8, 7, 6).astype(np.float32)
   kernel = random.randn(side, side, 6 // groups, features).astype(np.float32)
   y = convolution.conv2d(x, kernel, strides, padding, groups)
-  patches = convolution.patches(jnp.asarray(x), side, strides, padding, groups)
+  patches = convolution.patches(
+    jnp.asarray(x), (side, side), strides, padding, groups
+  )
   columns = kernel.reshape(-1, groups, features // groups)
   found = np.einsum('pgn,ngo->pgo', patches, columns)
   np.testing.assert_allclose(found.reshape(y.shape), y, atol=1e-4)

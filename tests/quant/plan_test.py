@@ -74,7 +74,7 @@ def test_weight_bits(shortcut, count):
 
 def test_signs_follow_the_activation():
   nodes = (
-    graph_lib.Node('image', 'input', ('x',)),
+    graph_lib.Node('image', 'input', ()),
     graph_lib.Node('linear', 'conv_bn', ('image',)),
     graph_lib.Node('pad', 'pad_shortcut', ('linear',)),
     graph_lib.Node('sum', 'add', ('pad', 'linear')),
