@@ -136,8 +136,7 @@ def _save_student(
   student_lib.save(
     path,
     {**state.student, 'batch_stats': batch_stats},
-    session.config.teacher.arch,
-    session.teacher.options,
+    session.teacher.graph,
     session_lib.bits_of(session.config),
     session.steps.networks.plan.learned,
     session.teacher.preprocessing,

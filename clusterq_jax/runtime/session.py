@@ -21,7 +21,6 @@ from clusterq_jax.method.phases import Phase
 from clusterq_jax.method.pool import PoolLayout
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.method.steps import Steps
-from clusterq_jax.models import registry
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.quant import quantizers
 from clusterq_jax.runtime.compiler import Compiler
@@ -64,7 +63,7 @@ def load_images(config: Config, teacher: Teacher) -> data.Images | None:
   """
   shape, resize = teacher.preprocessing.shape, config.eval.resize
   if resize is None:
-    resize = registry.architecture(config.teacher.arch).resize(min(shape[:2]))
+    resize = teacher.resize
   return data.load(
     config.eval.source,
     config.eval.path,

@@ -169,7 +169,7 @@ def _tiny(kind='conv', order='rgb', channels=3):
       channel_order=order,
     ),
     num_classes=5,
-    options={},
+    crop=1.0,
     class_names=(),
     notes=(),
   )

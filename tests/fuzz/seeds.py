@@ -51,7 +51,7 @@ class Seeds:
     random = np.random.default_rng(0)
     self.teacher = folder / 'teacher.safetensors'
     metadata = {
-      'format': weights.FORMAT,
+      'format': 'clusterq-jax teacher 1',
       'arch': ARCH,
       'image_size': f'[{SIDE}, {SIDE}]',
       'mean': '[0.5, 0.45, 0.4]',
@@ -104,8 +104,7 @@ class Seeds:
     student_lib.save(
       path,
       {**student, 'batch_stats': self.loaded.variables['batch_stats']},
-      ARCH,
-      self.loaded.options,
+      self.loaded.graph,
       session_lib.bits_of(self.resolved),
       steps.networks.plan.learned,
       self.loaded.preprocessing,
