@@ -7,6 +7,7 @@ tensors are constants and are computed here (`constants`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -235,7 +236,8 @@ class Translator:
     refusals.check_signature(program)
     (image,) = program.inputs
     shape = self.shape_of(image)
-    layer = Layer('input', [], shape[1:], name='input')
+    _, c, h, w = shape
+    layer = Layer('input', [], (c, h, w), name='input')
     self.layers.append(layer)
     self.values[image] = Feature(layer, shape)
     for name, key in program.weights.items():
@@ -496,7 +498,7 @@ for _name, _kind in {
   'sigmoid': 'sigmoid',
   'tanh': 'tanh',
 }.items():
-  _OPS[_name] = lambda t, kind=_kind: _act(t, kind)
+  _OPS[_name] = functools.partial(_act, act=_kind)
 
 
 @_handles('silu')
@@ -709,7 +711,7 @@ def _window(
       f'its stride differs between height and width {tuple(steps)}; only '
       'equal ones can be imported'
     )
-  options = {'count_padding': True} if counted else {}
+  options: dict[str, Any] = {'count_padding': True} if counted else {}
   strides = used.pop() if used else 1
   if not used and max(counts) == 1:
     strides = max(strides, *kernel)  # so that no second window fits
@@ -770,9 +772,8 @@ def _repeated(t: Translator, x: Layer, sizes: Sequence[int]) -> Feature:
 
 @_handles('upsample_nearest2d')
 def _upsample(t: Translator) -> Feature:
-  x, shape = t.map('input' if 'input' in t.call.operands else 'self'), ()
-  if t.call.outputs:
-    shape = t.shape_of(t.call.outputs[0])
+  x = t.map('input' if 'input' in t.call.operands else 'self')
+  shape = t.shape_of(t.call.outputs[0])
   if len(shape) != 4 or max(shape) > 2**15:
     t.refuse(f'its result is {list(shape)}')
   c, h, w = x.shape
