@@ -31,6 +31,7 @@ def run(layers: list[Layer], source: str) -> list[Layer]:
   for rule in (
     _compose_hard_sigmoid,
     _compose_hard_swish,
+    _join_affine,
     _join_slices,
     _join_affine,
     _fold_batch_norm,

@@ -86,15 +86,20 @@ class Translator:
       return [self._resolve(each) for each in value]
     return value
 
-  def feature(self, name: str = 'self') -> Feature:
-    """Returns an operand that depends on the image, shaped as it is."""
+  def first(self) -> str:
+    """Returns the name of the main operand."""
+    return 'self' if 'self' in self.call.operands else 'input'
+
+  def feature(self, name: str = '') -> Feature:
+    """Returns an operand that depends on the image; by default the first."""
+    name = name or self.first()
     value = self.operand(name)
     if not isinstance(value, Feature):
       self.refuse(f'its operand {name} does not depend on the image')
     return value
 
-  def map(self, name: str = 'self') -> Layer:
-    """Returns the layer of an operand of shape [N, C, H, W]."""
+  def map(self, name: str = '') -> Layer:
+    """Returns the layer of such an operand of shape [N, C, H, W] or [N, C]."""
     value = self.feature(name)
     if not value.is_map:
       self.refuse(
@@ -266,7 +271,8 @@ class Translator:
     in_place = op.endswith('_') and not op.endswith('__')
     op = op.removesuffix('_') if in_place else op
     operands = {name: self.operand(name) for name in call.operands}
-    if not any(map(_depends, operands.values())):
+    fixed = not any(map(_depends, operands.values()))
+    if fixed or op in constants.FILLS:
       self._fold(op, operands)
     elif op in _OPS:
       results = _OPS[op](self)
@@ -308,7 +314,7 @@ class Translator:
 
   def _own(self) -> str | None:
     """Returns the name of the tensor whose memory the call returns."""
-    ref = self.call.operands.get('self', self.call.operands.get('input'))
+    ref = self.call.operands.get(self.first())
     return ref.name if isinstance(ref, Ref) else None
 
   def _share(self) -> None:
@@ -319,13 +325,18 @@ class Translator:
       self._sharing.setdefault(memory, [memory]).extend(self.call.outputs)
 
   def _overwrite(self) -> None:
-    """Marks the operand of an in-place call, and all that shares its memory."""
+    """Gives the operand of an in-place call its new value.
+
+    What shares its memory has changed too, in a way that is not followed: it
+    must not be read any more.
+    """
     if (name := self._own()) is not None:
       memory = self._memory.get(name, name)
-      names = [name, *self._sharing.pop(memory, ())]
-      self._overwritten |= dict.fromkeys(names, self.call)
-      for result in self.call.outputs:
-        self._overwritten.pop(result, None)
+      stale = self._sharing.pop(memory, [])
+      self._overwritten |= dict.fromkeys(stale, self.call)
+      for fresh in (name, *self.call.outputs):
+        self.values[fresh] = self.values[self.call.outputs[0]]
+        self._overwritten.pop(fresh, None)
 
 
 def _depends(value: Any) -> bool:
@@ -485,7 +496,7 @@ def _batch_norm(t: Translator) -> Feature:
 
 
 def _act(t: Translator, act: str, value: Feature | None = None, **options):
-  value = value or t.feature('input' if 'input' in t.call.operands else 'self')
+  value = value or t.feature()
   layer = t.add('act', [value.layer], value.layer.shape, act=act, **options)
   return Feature(layer, value.shape)
 
@@ -543,7 +554,9 @@ def _prelu(t: Translator) -> Feature:
 @_handles('hardtanh clamp clamp_min')
 def _clip(t: Translator) -> Feature:
   ends = {'hardtanh': ('min_val', 'max_val')}
-  low, high = map(t.operand, ends.get(t.call.op.rstrip('_'), ('min', 'max')))
+  low, high = map(
+    t.operand, ends.get(t.call.op.removesuffix('_'), ('min', 'max'))
+  )
   if low == 0 and high is None:
     return _act(t, 'relu')
   if low == 0 and high == 6:
@@ -615,7 +628,7 @@ def _operands(t: Translator) -> tuple[Any, Any]:
 @_handles('add sub rsub')
 def _sum(t: Translator) -> Feature:
   x, y = _operands(t)
-  op, alpha = t.call.op.rstrip('_'), t.number('alpha', 1)
+  op, alpha = t.call.op.removesuffix('_'), t.number('alpha', 1)
   if op == 'rsub':
     x, y = y, x
   sign = alpha if op == 'add' else -alpha
@@ -772,7 +785,7 @@ def _repeated(t: Translator, x: Layer, sizes: Sequence[int]) -> Feature:
 
 @_handles('upsample_nearest2d')
 def _upsample(t: Translator) -> Feature:
-  x = t.map('input' if 'input' in t.call.operands else 'self')
+  x = t.map()
   shape = t.shape_of(t.call.outputs[0])
   if len(shape) != 4 or max(shape) > 2**15:
     t.refuse(f'its result is {list(shape)}')
@@ -1102,7 +1115,7 @@ def _expand(t: Translator) -> Feature:
 def _dropout(t: Translator) -> Feature:
   if t.operand('train', False):
     t.refuse(refusals.TRAINING)
-  return t.feature('input')
+  return t.feature()
 
 
 @_handles(

@@ -83,10 +83,11 @@ def expected_input(name: str, network: Any) -> dict[str, Any]:
 def _import(module: str, name: str) -> Any:
   try:
     return importlib.import_module(module)
-  except ImportError as error:
+  except Exception as error:  # compiled parts that do not fit raise any kind
+    reason = ' '.join(str(error).split())[:200]
     raise InputError(
-      f'--arch={name}: needs {module}, which is not installed ({error}): pip '
-      f'install {module}'
+      f'--arch={name}: needs {module}, which cannot be imported ({reason}): '
+      'pip install torch torchvision timm pytorchcv, in one command'
     ) from error
 
 
