@@ -1,0 +1,36 @@
+"""Imports networks of torch as graphs.
+
+program        a torch.export program as plain data
+pt2_files      reads it from a file, without torch; `tensors` reads its weights
+live           reads it from torch's own object
+translate      makes layers of its calls; `constants` computes what no image
+               changes, `refusals` says why something cannot be imported
+passes         rewrite layers until a graph has them
+names          names them
+network        the whole import
+files          writes what was imported as a teacher's file
+torch_networks imports a live network and compares it with torch
+zoo            builds networks of torchvision, timm and pytorchcv by name
+"""
+
+from clusterq_jax.importing.files import check_output, write
+from clusterq_jax.importing.network import Imported, import_program
+from clusterq_jax.importing.torch_networks import (
+  describe,
+  from_torch,
+  import_live,
+  logits,
+  parity,
+)
+
+__all__ = [
+  'Imported',
+  'check_output',
+  'describe',
+  'from_torch',
+  'import_live',
+  'import_program',
+  'logits',
+  'parity',
+  'write',
+]
