@@ -56,7 +56,7 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   images = None
   if sharding.is_lead():
     images = session_lib.load_images(resolved, session.teacher)
-  with workdir_lib.open_workdir(resolved, workdir) as folder:
+  with workdir_lib.open_workdir(session.config, workdir) as folder:
     return _quantize(session, images, folder, began)
 
 

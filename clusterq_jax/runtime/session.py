@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clusterq_jax import config as config_lib
 from clusterq_jax import data, sharding
-from clusterq_jax.config import Config
+from clusterq_jax.config import Config, derive
 from clusterq_jax.deploy import fold
 from clusterq_jax.errors import InputError
 from clusterq_jax.method import optimizers
@@ -42,11 +43,27 @@ def load_teacher(config: Config) -> Teacher:
     InputError: the weights cannot be read or do not fit the config.
   """
   section = dataclasses.asdict(config.teacher)
+  if not section['weights']:
+    raise InputError("config.teacher.weights='': expected a weights file")
   teacher = teacher_lib.load(path=section.pop('weights'), **section)
   if sharding.is_lead():
     for note in teacher.notes:
       print(note, file=sys.stderr)
   return teacher
+
+
+def complete(config: Config, teacher: Teacher) -> Config:
+  """Fills in the values that follow from the teacher.
+
+  Args:
+    config: resolved config.
+    teacher: teacher of the run.
+
+  Raises:
+    InputError: fields do not fit together.
+  """
+  size = teacher.preprocessing.image_size
+  return config_lib.complete(config, size, teacher.num_classes)
 
 
 def load_images(config: Config, teacher: Teacher) -> data.Images | None:
@@ -116,7 +133,7 @@ def _networks(
 def _first_semantic_layer(config: Config, teacher: Teacher) -> int:
   layers, first = len(teacher.graph.batch_norms), config.centroids.first_layer
   if first is None:
-    return max(0, (layers + 1) // 2 - 2)
+    return derive.first_semantic_layer(layers)
   if not 0 <= first < layers:
     raise InputError(
       f'config.centroids.first_layer={first}: expected 0 to {layers - 1}'
@@ -137,9 +154,10 @@ def make_steps(
     devices: devices to run on; None means all devices.
 
   Raises:
-    InputError: `config.centroids.first_layer` names no layer, or the batch does
-      not divide among the devices.
+    InputError: `config.centroids.first_layer` names no layer, the batch does
+      not divide among the devices, or fields do not fit together.
   """
+  config = complete(config, teacher)
   s = config.schedule
   mesh = sharding.make_mesh(s.batch_size, devices)
   return Steps(
@@ -169,7 +187,7 @@ class Session:
           state, metrics = program(state, *session.step_arguments)
 
   Attributes:
-    config: resolved config.
+    config: complete config.
     teacher: teacher of the run.
     steps: training steps of the method.
     phases: phases with at least one step, in order.
@@ -193,10 +211,10 @@ class Session:
       InputError: the teacher cannot be loaded, or the batch does not divide
         among the devices.
     """
-    self.config = config
     self.teacher = load_teacher(config) if teacher is None else teacher
     self.steps = make_steps(config, self.teacher, devices)
-    self.phases = phases_lib.phases(config.schedule)
+    self.config = self.steps.config
+    self.phases = phases_lib.phases(self.config.schedule)
     self.compile = Compiler(self.mesh)
 
   @property
