@@ -17,6 +17,7 @@ from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.runtime import (
   bucket,
   checkpoint,
+  estimate,
   evaluation,
   forecast,
   loop,
@@ -79,6 +80,8 @@ def _quantize(
   """
   checkpoints = checkpoint.Checkpoints(bucket.address(folder / 'checkpoints'))
   restored = checkpoints.restore(session.abstract_state(), say=print)
+  if restored is None:
+    estimate.announce(session, 0 if images is None else len(images.labels))
   state, wall_before = restored or (_first_state(session), 0.0)
 
   def save(step: int, state: TrainState) -> None:

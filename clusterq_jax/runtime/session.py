@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -216,6 +216,7 @@ class Session:
     self.config = self.steps.config
     self.phases = phases_lib.phases(self.config.schedule)
     self.compile = Compiler(self.mesh)
+    self._programs: dict[str, jax.stages.Compiled] = {}
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -240,6 +241,14 @@ class Session:
     return dict(zip(_STREAMS, made, strict=True))
 
   @property
+  def centroid_batches(self) -> int:
+    """Number of batches of images that initialise the centroids."""
+    images = (
+      self.config.centroids.images_per_class * self.steps.networks.num_classes
+    )
+    return -(-images // self.config.schedule.batch_size)
+
+  @property
   def step_arguments(self) -> tuple[Any, jax.Array]:
     """Arguments of a step after the state: teacher's variables and key."""
     return self.variables, self.keys['train']
@@ -259,9 +268,47 @@ class Session:
   # -------------------------------------------------------- the phases
 
   def program(self, phase: Phase, state: TrainState) -> jax.stages.Compiled:
-    """Compiles a phase's step; the program takes (state, *step_arguments)."""
-    step = getattr(self.steps, phase.step)
-    return self.compile(step, state, *self.step_arguments, donate=True)
+    """Returns a phase's compiled step.
+
+    Args:
+      phase: phase of the run.
+      state: train state, or the result of `abstract_state`.
+
+    Returns:
+      The program, a function of (state, *step_arguments).
+    """
+    return self._program(phase.step, state)
+
+  def programs(
+    self, phases: Sequence[Phase]
+  ) -> Mapping[str, jax.stages.Compiled]:
+    """Compiles what phases need: steps and the transitions before them.
+
+    Args:
+      phases: some of the run's phases.
+
+    Returns:
+      The programs, by name of the method of `Steps`.
+    """
+    state = self.abstract_state()
+    names = [name for phase in phases for name in (*phase.on_enter, phase.step)]
+    return {name: self._program(name, state) for name in names}
+
+  def _program(self, name: str, state: TrainState) -> jax.stages.Compiled:
+    """Returns a method of `Steps` as a program, which is compiled once."""
+    if name not in self._programs:
+      function, args = getattr(self.steps, name), self._arguments(name)
+      self._programs[name] = self.compile(function, state, *args, donate=True)
+    return self._programs[name]
+
+  def _arguments(self, name: str) -> tuple[Any, jax.Array]:
+    """Returns the arguments after the state of a method of `Steps`."""
+    if name == 'initialize_centroids':
+      keys = jax.random.split(self.keys['centroids'], self.centroid_batches)
+      return self.variables, keys
+    if name == 'calibrate_student':
+      return self.variables, self.keys['calibration']
+    return self.step_arguments
 
   def enter(self, phase: Phase, state: TrainState) -> TrainState:
     """Applies the transitions that precede the first step of a phase."""
@@ -271,19 +318,13 @@ class Session:
 
   def initialize_centroids(self, state: TrainState) -> TrainState:
     """Initialises the centroids from images of the warmed-up generator."""
-    classes = self.steps.networks.num_classes
-    images = self.config.centroids.images_per_class * classes
-    batches = -(-images // self.config.schedule.batch_size)
-    keys = jax.random.split(self.keys['centroids'], batches)
-    args = state, self.variables, keys
-    return self.compile(self.steps.initialize_centroids, *args, donate=True)(
-      *args
-    )
+    name = 'initialize_centroids'
+    return self._program(name, state)(state, *self._arguments(name))
 
   def calibrate_student(self, state: TrainState) -> TrainState:
     """Initialises the student from calibration images."""
-    args = state, self.variables, self.keys['calibration']
-    return self.compile(self.steps.calibrate_student, *args, donate=True)(*args)
+    name = 'calibrate_student'
+    return self._program(name, state)(state, *self._arguments(name))
 
   # ------------------------------------------------------- the student
 
