@@ -151,9 +151,13 @@ def _save_student(
 def _facts(session: Session, on_synthetic: dict[str, Any]) -> dict[str, Any]:
   """Returns the results that need no real images."""
   params, plan = session.variables['params'], session.steps.networks.plan
+  teacher = session.teacher
+  unlike = forecast.unlike(
+    teacher.graph, teacher.preprocessing.image_size, teacher.num_classes
+  )
   return {
     'synthetic': on_synthetic,
-    'forecast': forecast.drop(on_synthetic['blended_divergence']),
+    'forecast': forecast.drop(on_synthetic['blended_divergence'], unlike),
     'bits': {
       **dataclasses.asdict(session_lib.bits_of(session.config)),
       'input': plan_lib.WIDE_BITS,
