@@ -23,6 +23,7 @@ except ImportError:
   torch = None
 
 ARCH, SIDE, CLASSES = 'resnet8', 8, 4
+_PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / 'golden' / 'programs'
 _CONFIG = """
 from clusterq_jax import config as config_lib
 
@@ -86,6 +87,10 @@ class Seeds:
     pixels = random.integers(0, 256, (6, SIDE, SIDE, 3), np.uint8)
     labels = np.arange(6) % CLASSES
     self.images = _saved(np.savez_compressed, images=pixels, labels=labels)
+    self.programs = {
+      release: (_PROGRAMS / f'release_{release}.pt2').read_bytes()
+      for release in ('2.7', '2.13')
+    }
     if torch is not None:
       self.torch_state = {k: torch.tensor(v) for k, v in self.state.items()}
       self.pth = {
