@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -256,12 +256,19 @@ class Session:
 
   def init(self) -> TrainState:
     """Returns the state before the first step."""
+    return self._init(self.keys['init'], self.variables)
+
+  @functools.cached_property
+  def _init(self) -> Callable[..., TrainState]:
     everywhere = sharding.replicated(self.mesh)
-    init = jax.jit(self.steps.init, out_shardings=everywhere)
-    return init(self.keys['init'], self.variables)
+    return jax.jit(self.steps.init, out_shardings=everywhere)
 
   def abstract_state(self) -> TrainState:
     """Returns the state as `jax.ShapeDtypeStruct` leaves with shardings."""
+    return self._abstract_state
+
+  @functools.cached_property
+  def _abstract_state(self) -> TrainState:
     return self.steps.abstract_state(self.keys['init'], self.variables)
 
   # -------------------------------------------------------- the phases
