@@ -165,4 +165,4 @@ def _duration(seconds: float) -> str:
 
 
 def _size(bytes: float) -> str:
-  return f'{bytes / 1e9:.1f} GB'
+  return f'{bytes / 1e9:.1f} GB' if bytes > 5e8 else f'{bytes / 1e6:.0f} MB'
