@@ -21,7 +21,8 @@ def test_one_line(finished, capfd):
   compiled = len(finished.compiled)
   (line,) = _said(finished, capfd)
   assert re.fullmatch(
-    r'estimate: about \d+ s, (0\.\d|\d+\.\d) GB of memory and \d+ MB of disk',
+    r'estimate: about \d+ (s|min) from here, \d+\.\d GB of memory, '
+    r'\d+ MB of disk',
     line,
   )
   assert len(finished.compiled) == compiled  # the run uses the same programs
