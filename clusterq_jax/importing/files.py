@@ -1,0 +1,95 @@
+"""Writes an imported network as a teacher's file."""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from clusterq_jax.errors import InputError
+from clusterq_jax.importing.network import Imported
+from clusterq_jax.models import graph_file
+from clusterq_jax.weights import FORMAT, write_safetensors
+from clusterq_jax.weights.checks import untrained
+
+_ORDERS = {1: 'grey'}
+
+
+def check_output(output: str | os.PathLike[str]) -> pathlib.Path:
+  """Refuses an output that exists or is no .safetensors file."""
+  path = pathlib.Path(output)
+  if path.suffix != '.safetensors':
+    raise InputError(f'output={path}: expected a name in .safetensors')
+  if path.exists():
+    raise InputError(f'output={path}: exists; remove it, or name another')
+  return path
+
+
+def write(
+  imported: Imported,
+  output: str | os.PathLike[str],
+  *,
+  mean: Sequence[float],
+  std: Sequence[float],
+  pixel_range: float | None = None,
+  channel_order: str | None = None,
+  crop: float | None = None,
+  class_names: Sequence[str] = (),
+) -> str:
+  """Writes a network with all that a run needs to know about it.
+
+  Args:
+    imported: the network.
+    output: path of the new file, .safetensors.
+    mean: mean of each channel of the program's input.
+    std: standard deviation of each channel of the program's input.
+    pixel_range: value of white before mean and std: 1, the default, or 255.
+    channel_order: 'rgb', 'bgr' or 'grey'; by default the number of channels
+      decides.
+    crop: side of the centre crop in evaluation, as a fraction of the resized
+      image's shorter side.
+    class_names: one name for each class, or none.
+
+  Returns:
+    A report of what was written.
+
+  Raises:
+    InputError: the output exists, or an impossible value.
+  """
+  path = check_output(output)
+  graph, variables = imported.graph, imported.variables
+  assert graph.image_shape is not None
+  h, w, channels = graph.image_shape
+  classes = graph.nodes[-1].features
+  if class_names and len(class_names) != classes:
+    raise InputError(
+      f'class_names: {len(class_names)} names; the network has {classes} '
+      'classes'
+    )
+  mean, std = imported.normalization(mean, std)
+  values = {
+    'image_size': (h, w),
+    'mean': mean,
+    'std': std,
+    'pixel_range': 1.0 if pixel_range is None else pixel_range,
+    'crop': crop,
+    'class_names': class_names or None,
+  }
+  metadata = {
+    'format': FORMAT,
+    'graph': graph_file.to_json(graph),
+    'channel_order': channel_order or _ORDERS.get(channels, 'rgb'),
+    **{k: json.dumps(v) for k, v in values.items() if v is not None},
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_safetensors(path, variables, metadata)
+  arrays = [a for leaves in variables['params'].values() for a in leaves.values()]
+  statistics = variables['batch_stats']
+  report = [
+    f'imported {len(graph.nodes)} layers for images of {h}x{w}x{channels}, '
+    f'{classes} classes; {sum(a.size for a in arrays):,} parameters, '
+    f'{len(statistics)} BatchNorm layers with '
+    f'{sum(s["mean"].size for s in statistics.values()):,} channels',
+    *untrained(str(path), statistics),
+    f'{path}: {path.stat().st_size / 1e6:.2f} MB',
+  ]
+  return '\n'.join(report)
