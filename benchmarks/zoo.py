@@ -13,14 +13,15 @@ torch, onnxruntime, and the libraries of the networks:
 
 import argparse
 import json
+import multiprocessing
+import os
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from benchmarks import common, records
 from benchmarks.records import Record
@@ -32,6 +33,9 @@ STAGES = ('export', 'import', 'parity', 'student', 'integer', 'latency')
 LAST = {'import': 'parity', 'student': 'student', 'integer': 'latency'}
 # Largest difference from torch, relative to the largest logit.
 PARITY = 1e-4
+# Every process is a copy of one that has imported the libraries already.
+CONTEXT = multiprocessing.get_context('forkserver')
+_LIBRARIES = ('torch', 'timm', 'pytorchcv', 'benchmarks.zoo_stages')
 _POLL_S = 0.1
 
 
@@ -73,34 +77,33 @@ def peak_megabytes(process: int) -> float:
   return int(values[0]) / 1024 if values else 0.0  # a zombie has none
 
 
-def supervise(command: Sequence[str], limits: Limits) -> Record:
-  """Runs a process that reports its stages, and stops it at its limits.
+def supervise(
+  target: Callable[..., None], args: tuple[Any, ...], limits: Limits
+) -> Record:
+  """Runs a function in a process of its own, and stops it at its limits.
 
-  The process gets the path of a file as its last argument. It adds a line of
+  The function gets the path of a file as its last argument. It adds a line of
   JSON to the file when a stage begins, {'stage': NAME}, and when it has found
   something.
 
   Args:
-    command: program and arguments.
+    target: the function, at the top of a module.
+    args: its other arguments.
     limits: when to stop it.
 
   Returns:
-    What the process reported, with `stage`, the last one that began, `wall_s`
-    and `peak_mb`. If it did not end by itself and well, also `reason`.
+    What it reported, with `stage`, the last one that began, `wall_s` and
+    `peak_mb`. If it did not end by itself and well, also `reason`.
   """
-  start, peak, reason = time.monotonic(), 0.0, ''
+  peak, reason = 0.0, ''
   with tempfile.TemporaryDirectory() as folder:
-    report, errors = (pathlib.Path(folder) / n for n in ('report', 'errors'))
-    with errors.open('w') as log:
-      process = subprocess.Popen(
-        [*command, str(report)],
-        cwd=common.ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=log,
-      )
+    report, log = (pathlib.Path(folder) / n for n in ('report', 'log'))
+    process = CONTEXT.Process(target=_enter, args=(log, target, *args, report))
+    process.start()
+    start = time.monotonic()
     try:
-      while process.poll() is None and not reason:
-        time.sleep(_POLL_S)
+      while process.is_alive() and not reason:
+        process.join(_POLL_S)
         peak = max(peak, peak_megabytes(process.pid))
         if peak > limits.megabytes:
           reason = f'stopped at {limits.megabytes:g} MB'
@@ -108,21 +111,28 @@ def supervise(command: Sequence[str], limits: Limits) -> Record:
           reason = f'stopped after {limits.seconds:g} s'
     finally:
       process.kill()
-      code = process.wait()
+      process.join()
+    wall, code = time.monotonic() - start, process.exitcode
     if code and not reason:
-      last = errors.read_text(errors='replace').strip().splitlines()[-1:]
-      killed = f'killed by {signal.Signals(-code).name}' if code < 0 else ''
-      reason = killed or ''.join(last) or f'exit code {code}'
+      lines = log.read_text(errors='replace').strip().splitlines()
+      said = lines[-1] if lines and code > 0 else f'exit code {code}'
+      reason = f'killed by {signal.Signals(-code).name}' if code < 0 else said
     found: Record = {'stage': None}
-    lines = report.read_text().splitlines() if report.exists() else []
-    for line in lines:
+    for line in report.read_text().splitlines() if report.exists() else []:
       try:
         found |= json.loads(line)
       except ValueError:  # stopped while it wrote
         break
   found |= {'reason': reason} if reason else {}
-  wall = time.monotonic() - start
   return {**found, 'wall_s': round(wall, 1), 'peak_mb': round(peak)}
+
+
+def _enter(log: pathlib.Path, target: Callable[..., None], *args: Any) -> None:
+  """Calls a function whose prints, and those of libraries, go to a file."""
+  with log.open('w') as file:
+    for stream in (1, 2):
+      os.dup2(file.fileno(), stream)
+  target(*args)
 
 
 def has(record: Record, stage: str) -> bool:
@@ -154,6 +164,14 @@ def replace(file: pathlib.Path, record: Record) -> None:
   new.replace(file)
 
 
+def run(*args: Any) -> None:
+  """Runs the stages of one network; see `zoo_stages.run`."""
+  # Not above: this module and its tests need neither JAX nor torch.
+  from benchmarks import zoo_stages
+
+  zoo_stages.run(*args)
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
@@ -162,6 +180,7 @@ def main() -> int:
   add('--limit', type=int, help='number of networks to run')
   add('--again', action='store_true', help='also those whose line has a reason')
   add('--seconds', type=float, default=Limits().seconds)
+  add('--programs', type=pathlib.Path, default=common.ROOT / 'runs' / 'zoo')
   add('--records', type=pathlib.Path, default=RECORDS)
   args = parser.parse_args()
   todo = {network.name: network for network in networks()}
@@ -175,10 +194,10 @@ def main() -> int:
       again = args.again and record.get('reason') and not record.get('refused')
       if has(record, LAST[args.stages]) and not again:
         todo.pop(record['name'], None)
+  CONTEXT.set_forkserver_preload(list(_LIBRARIES))
   for name, side, _ in list(todo.values())[: args.limit]:
-    command = [sys.executable, '-m', 'benchmarks.zoo_stages', name]
-    command += [str(side), LAST[args.stages]]
-    found = supervise(command, Limits(args.seconds))
+    work = name, side, LAST[args.stages], args.programs.resolve()
+    found = supervise(run, work, Limits(args.seconds))
     record = {'name': name, 'side': side, **found, **common.provenance()}
     replace(args.records, record)
     print(

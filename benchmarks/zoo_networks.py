@@ -9,11 +9,13 @@ from torch.nn import functional
 _IMAGES = 8  # that give the BatchNorm statistics
 _OCTAVES = 5
 _NEGATIVE = 0.05  # share of negative gains
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def build(name: str) -> nn.Module:
   """Builds 'SOURCE:NAME' without published weights, in eval mode."""
   source, name = name.split(':')
+  _import_torchvision()  # torch.export imports it too, if it is installed
   if source == 'timm':
     import timm
 
@@ -23,7 +25,6 @@ def build(name: str) -> nn.Module:
 
     network = get_model(name)
   else:
-    _import_torchvision()
     from torchvision import models
 
     network = models.get_model(name, weights=None)
@@ -90,6 +91,3 @@ def make_trained(network: nn.Module, side: int) -> None:
       module.bias.uniform_(-0.1, 0.1, generator=random)
   network(smooth_images(_IMAGES, side, seed=1))
   network.eval()
-
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
