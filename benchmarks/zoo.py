@@ -29,13 +29,20 @@ from benchmarks.records import Record
 LIST = pathlib.Path(__file__).with_suffix('.txt')
 RECORDS = records.FOLDER / 'zoo.jsonl'
 # What a process does, in this order; `--stages` names the last one.
-STAGES = ('export', 'import', 'parity', 'student', 'integer', 'latency')
+STAGES = ('export', 'load', 'parity', 'student', 'integer', 'latency')
 LAST = {'import': 'parity', 'student': 'student', 'integer': 'latency'}
 # Largest difference from torch, relative to the largest logit.
 PARITY = 1e-4
 # Every process is a copy of one that has imported the libraries already.
 CONTEXT = multiprocessing.get_context('forkserver')
-_LIBRARIES = ('torch', 'timm', 'pytorchcv', 'benchmarks.zoo_stages')
+_LIBRARIES = (
+  'benchmarks.zoo_networks',
+  'benchmarks.zoo_stages',
+  'timm',
+  'torchvision.models',
+  'pytorchcv.model_provider',
+  'torch._dynamo',
+)
 _POLL_S = 0.1
 
 
@@ -195,8 +202,9 @@ def main() -> int:
       if has(record, LAST[args.stages]) and not again:
         todo.pop(record['name'], None)
   CONTEXT.set_forkserver_preload(list(_LIBRARIES))
+  stages = STAGES[: STAGES.index(LAST[args.stages]) + 1]
   for name, side, _ in list(todo.values())[: args.limit]:
-    work = name, side, LAST[args.stages], args.programs.resolve()
+    work = name, side, stages, args.programs.resolve()
     found = supervise(run, work, Limits(args.seconds))
     record = {'name': name, 'side': side, **found, **common.provenance()}
     replace(args.records, record)

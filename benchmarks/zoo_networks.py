@@ -6,6 +6,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+try:
+  import torchvision  # noqa: F401
+except RuntimeError:
+  # Its compiled part fits one build of torch. Classifiers do not need it, but
+  # it defines two operators without which the import fails, here as in timm
+  # and torch.export.
+  for module in [m for m in sys.modules if m.startswith('torchvision')]:
+    del sys.modules[module]
+  OPERATORS = torch.library.Library('torchvision', 'FRAGMENT')
+  for name in ('nms', 'qnms'):
+    OPERATORS.define(f'{name}(Tensor a, Tensor b, float c) -> Tensor')
+
 _IMAGES = 8  # that give the BatchNorm statistics
 _OCTAVES = 5
 _NEGATIVE = 0.05  # share of negative gains
@@ -15,7 +27,6 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 def build(name: str) -> nn.Module:
   """Builds 'SOURCE:NAME' without published weights, in eval mode."""
   source, name = name.split(':')
-  _import_torchvision()  # torch.export imports it too, if it is installed
   if source == 'timm':
     import timm
 
@@ -29,26 +40,6 @@ def build(name: str) -> nn.Module:
 
     network = models.get_model(name, weights=None)
   return network.eval()
-
-
-def _import_torchvision() -> None:
-  """Imports torchvision also where its compiled part does not load.
-
-  That part fits one build of torch, and classifiers do not need it. But without
-  it the import fails at two operators for detection.
-  """
-  try:
-    import torchvision  # noqa: F401
-  except RuntimeError:
-    for module in [m for m in sys.modules if m.startswith('torchvision')]:
-      del sys.modules[module]
-    boxes = torch.library.Library('torchvision', 'FRAGMENT')
-    for name in ('nms', 'qnms'):
-      boxes.define(f'{name}(Tensor a, Tensor b, float c) -> Tensor')
-    _KEPT.append(boxes)
-
-
-_KEPT: list[torch.library.Library] = []  # operators vanish with their library
 
 
 def smooth_images(count: int, side: int, seed: int) -> torch.Tensor:

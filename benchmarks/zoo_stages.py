@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import bit_exactness, integer_latency, runtimes, zoo
+from benchmarks import bit_exactness, integer_latency, runtimes
 from clusterq_jax.deploy import fold, onnx_graph
 from clusterq_jax.errors import InputError
 from clusterq_jax.importing import from_torch
@@ -66,6 +66,7 @@ class Job:
     yield {}
 
   def load(self) -> Stage:
+    """Imports the program, from its file."""
     start = time.monotonic()
     self.imported = import_program(self.program)
     yield {'import_s': round(time.monotonic() - start, 2)}
@@ -173,36 +174,36 @@ def _error(found: Any, wanted: Any) -> float:
 
 
 def run(
-  name: str, side: int, last: str, folder: pathlib.Path, report: pathlib.Path
+  name: str,
+  side: int,
+  stages: tuple[str, ...],
+  folder: pathlib.Path,
+  report: pathlib.Path,
 ) -> None:
   """Takes a network through its stages; see `zoo.supervise`.
 
   Args:
     name: 'SOURCE:NAME'.
     side: height and width of the input in pixels.
-    last: the last stage.
+    stages: methods of `Job`, in order.
     folder: where the programs that torch exports stay; only the first run
       needs torch.
     report: file to report to.
   """
   job = Job(name, side, folder)
-  work = [job.export, job.load, job.parity]
-  work += [job.student, job.integer, job.latency]
 
   def say(found: dict[str, Any]) -> None:
     with report.open('a') as file:
       file.write(json.dumps(found) + '\n')
 
-  for stage, find in zip(zoo.STAGES, work, strict=True):
+  for stage in stages:
     say({'stage': stage})
     try:
-      for found in find():
+      for found in getattr(job, stage)():
         say(found)
     except InputError as e:
       say({'reason': str(e), 'refused': True})
       return
     except Exception as e:
       say({'reason': ' '.join(f'{type(e).__name__}: {e}'.split())[:300]})
-      return
-    if stage == last:
       return

@@ -28,7 +28,7 @@ def _run(script, limits=_LIMITS):
 
 def test_a_process_that_ends_well():
   found = _run(
-    'say(stage="import"); say(nodes=3); print(1); say(stage="parity"); say(x=2)'
+    'say(stage="load"); say(nodes=3); print(1); say(stage="parity"); say(x=2)'
   )
   assert 0 < found.pop('wall_s') < 30
   assert 0 <= found.pop('peak_mb') < 1000
@@ -45,10 +45,10 @@ def test_a_process_that_ends_well():
   ],
 )
 def test_a_process_that_fails(script, reason):
-  found = _run(f'say(stage="import"); {script}')
-  assert found['stage'] == 'import'
+  found = _run(f'say(stage="load"); {script}')
+  assert found['stage'] == 'load'
   assert found['reason'].startswith(reason)
-  assert zoo.outcome(found) == 'fails in import'
+  assert zoo.outcome(found) == 'fails in load'
 
 
 def test_a_process_that_dies_before_its_first_stage():
@@ -74,9 +74,9 @@ def test_limits():
     ({'stage': 'parity', 'parity': 1e-6}, 'parity', True, 'imported'),
     ({'stage': 'parity', 'parity': 1e-3}, 'latency', False, 'no parity'),
     ({'stage': 'student', 'parity': 0.0}, 'latency', False, 'student'),
-    ({'stage': 'import', 'reason': 'x'}, 'latency', True, 'fails in import'),
+    ({'stage': 'load', 'reason': 'x'}, 'latency', True, 'fails in load'),
     (
-      {'stage': 'import', 'reason': 'x', 'refused': True},
+      {'stage': 'load', 'reason': 'x', 'refused': True},
       'latency',
       True,
       'refused',
@@ -115,7 +115,7 @@ def _main(monkeypatch, file, *arguments):
   ran = []
 
   def supervise(target, args, limits):
-    name, _, last, _ = args
+    name, _, (*_, last), _ = args
     ran.append(name)
     return {'stage': last, 'parity': 0.0, 'wall_s': 1.0, 'peak_mb': 1}
 
