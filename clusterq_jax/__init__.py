@@ -31,6 +31,7 @@ from clusterq_jax.config import (  # noqa: E402
 from clusterq_jax.deploy.student import Student  # noqa: E402
 from clusterq_jax.deploy.student import load as load_student  # noqa: E402
 from clusterq_jax.errors import InputError  # noqa: E402
+from clusterq_jax.importing import from_torch  # noqa: E402
 from clusterq_jax.models.preprocessing import Preprocessing  # noqa: E402
 from clusterq_jax.models.protocol import LayerSet  # noqa: E402
 from clusterq_jax.models.registry import (  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
   'default_config',
   'evaluate',
   'export',
+  'from_torch',
   'imagenet_config',
   'load_student',
   'paper_config',

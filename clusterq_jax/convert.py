@@ -3,9 +3,19 @@ r"""Converts a teacher's weights to the project's own file format.
     python -m clusterq_jax.convert --arch=resnet18 --input=resnet18.pth \
         --output=resnet18.safetensors [--mean=0.485,0.456,0.406 ...] \
         [--entry=model_ema] [--class_names=names.txt]
+    python -m clusterq_jax.convert --input=network.pt2 \
+        --output=network.safetensors --mean=0.485,0.456,0.406 \
+        --std=0.229,0.224,0.225
+    python -m clusterq_jax.convert --arch=timm:regnety_004 \
+        --input=regnety.pth --output=regnety.safetensors
 
-The source's layout is recognised and the result is printed. The output also
-records the input that the weights expect, so that no config needs to.
+The first form takes weights of a network that comes with the project; their
+layout is recognised. The second takes any network, as torch.export.save wrote
+it; torch is not needed. The third builds a network of torchvision, timm or
+pytorchcv, which must be installed, and compares the result with torch.
+
+The output also records the input that the weights expect, so that no config
+needs to.
 """
 
 import json
@@ -15,13 +25,19 @@ from typing import Any
 
 from absl import flags
 
-from clusterq_jax import command_line
+from clusterq_jax import command_line, importing
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.errors import InputError
+from clusterq_jax.importing import zoo
 from clusterq_jax.models import registry
 from clusterq_jax.weights import teacher
 
-_ARCH = flags.DEFINE_enum('arch', None, registry.names(), 'Architecture.')
+_ARCH = flags.DEFINE_string(
+  'arch',
+  None,
+  f'Architecture: {", ".join(registry.names())}, or torchvision:NAME, '
+  'timm:NAME, pytorchcv:NAME. A .pt2 file needs none.',
+)
 _INPUT = flags.DEFINE_string('input', None, 'Weights file to read.')
 _ENTRY = flags.DEFINE_string(
   'entry', '', 'Dictionary in the file, e.g. model_ema; default: what fits.'
@@ -99,6 +115,71 @@ def convert(
   return '\n'.join(report)
 
 
+def import_network(
+  source: str,
+  output: str,
+  arch: str | None = None,
+  class_names: tuple[str, ...] = (),
+  entry: str = '',
+  **preprocessing,
+) -> str:
+  """Reads a whole network and writes our own file, with its graph.
+
+  Args:
+    source: a .pt2 file, or with `arch` a state dict.
+    output: path of the file to write, .safetensors.
+    arch: source and name of a network, such as 'timm:regnety_004'; None for a
+      .pt2 file.
+    class_names: one name for each class, or none.
+    entry: entry of the state dict.
+    **preprocessing: fields of `Preprocessing`; None takes what the source of
+      the network knows, or else the usual one.
+
+  Returns:
+    A report of what was imported.
+
+  Raises:
+    InputError: a network that cannot be imported, or an output that exists.
+  """
+  importing.check_output(output)
+  known = {key: v for key, v in preprocessing.items() if v is not None}
+  size = known.pop('image_size', None)
+  report = []
+  if arch is None:
+    imported = importing.import_program(source)
+    h, w, _ = imported.graph.image_shape or (0, 0, 0)
+    if size not in (None, (h, w)):
+      raise InputError(
+        f'--image_size={size}: {source} was exported for images of {h}x{w}; '
+        'leave it out'
+      )
+    _require_normalization(known, source)
+  else:
+    network = zoo.build(arch, source, entry)
+    usual = zoo.expected_input(arch, network)
+    h, w = size or usual.pop('image_size')
+    usual.pop('image_size', None)
+    known = {**usual, **known}
+    _require_normalization(known, arch)
+    imported = importing.import_live(network, (h, w, len(known['mean'])), arch)
+    report = [importing.describe(importing.parity(network, imported))]
+    report.append(
+      ', '.join(f'{name} {value}' for name, value in sorted(known.items()))
+    )
+  written = importing.write(imported, output, class_names=class_names, **known)
+  return '\n'.join([written, *report])
+
+
+def _require_normalization(known: dict[str, Any], source: str) -> None:
+  for name in ('mean', 'std'):
+    if name not in known:
+      raise InputError(
+        f'--{name} is missing: {source} does not tell what input its weights '
+        'expect; networks of ImageNet usually take '
+        '--mean=0.485,0.456,0.406 --std=0.229,0.224,0.225'
+      )
+
+
 def _warnings(
   arch: str, expected: dict[str, Any], assumed: list[str]
 ) -> list[str]:
@@ -139,8 +220,8 @@ def main(argv: list[str]) -> int:
       'channel_order': _ORDER.value,
     }
     names = _class_names(_CLASSES.value) if _CLASSES.value else ()
-    arch, source, output = map(_required, (_ARCH, _INPUT, _OUTPUT))
-    print(convert(arch, source, output, names, _ENTRY.value, **given))
+    source, output = map(_required, (_INPUT, _OUTPUT))
+    print(_convert(_ARCH.value, source, output, names, _ENTRY.value, given))
     return 0
   except flags.Error as e:
     error = InputError(f'flags: {str(e).strip().splitlines()[0]}')
@@ -150,6 +231,31 @@ def main(argv: list[str]) -> int:
     error = InputError(f'{e.filename}: {e.strerror or e}')
   print(f'error: {error}', file=sys.stderr)
   return 2
+
+
+def _convert(
+  arch: str | None,
+  source: str,
+  output: str,
+  class_names: tuple[str, ...],
+  entry: str,
+  given: dict[str, Any],
+) -> str:
+  """Chooses one of the forms of the command line."""
+  if source.endswith('.pt2'):
+    if arch:
+      raise InputError(
+        f'--arch={arch}: {source} holds the whole network; leave --arch out'
+      )
+    return import_network(source, output, None, class_names, **given)
+  if arch and ':' in arch:
+    return import_network(source, output, arch, class_names, entry, **given)
+  if not arch:
+    raise InputError(
+      '--arch is missing; only a .pt2 file, written by torch.export.save, '
+      'needs none'
+    )
+  return convert(arch, source, output, class_names, entry, **given)
 
 
 def _class_names(path: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ _ORDER = (
   ('layers',),
   ('data',),
   ('weights',),
+  ('importing',),
   ('config',),
   ('method',),
   ('deploy',),

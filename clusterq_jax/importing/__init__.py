@@ -8,4 +8,29 @@ translate      makes layers of its calls; `constants` computes what no image
 passes         rewrite layers until a graph has them
 names          names them
 network        the whole import
+files          writes what was imported as a teacher's file
+torch_networks imports a live network and compares it with torch
+zoo            builds networks of torchvision, timm and pytorchcv by name
 """
+
+from clusterq_jax.importing.files import check_output, write
+from clusterq_jax.importing.network import Imported, import_program
+from clusterq_jax.importing.torch_networks import (
+  describe,
+  from_torch,
+  import_live,
+  logits,
+  parity,
+)
+
+__all__ = [
+  'Imported',
+  'check_output',
+  'describe',
+  'from_torch',
+  'import_live',
+  'import_program',
+  'logits',
+  'parity',
+  'write',
+]

@@ -94,6 +94,12 @@ def _filled(value):
   return fill
 
 
+# Tensors of one number; of their operand, only the shape matters.
+FILLS = {
+  **dict.fromkeys(('zeros', 'zeros_like', 'new_zeros'), _filled(0)),
+  **dict.fromkeys(('ones', 'ones_like', 'new_ones'), _filled(1)),
+  **dict.fromkeys(('full', 'full_like', 'new_full'), _filled(None)),
+}
 _OPS: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(
     ('view reshape flatten squeeze unsqueeze _unsafe_view unflatten'.split()),
@@ -135,14 +141,7 @@ _OPS: dict[str, Callable[..., Any]] = {
   't': lambda values, **_: values.T,
   'cat': lambda values, o, **_: np.concatenate(o['tensors'], o.get('dim', 0)),
   'stack': lambda values, o, **_: np.stack(o['tensors'], o.get('dim', 0)),
-  'zeros': _filled(0),
-  'zeros_like': _filled(0),
-  'new_zeros': _filled(0),
-  'ones': _filled(1),
-  'ones_like': _filled(1),
-  'new_ones': _filled(1),
-  'full': _filled(None),
-  'new_full': _filled(None),
+  **FILLS,
 }
 
 

@@ -4,14 +4,13 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.importing.network import Imported
 from clusterq_jax.models import graph_file
-from clusterq_jax.weights import FORMAT, write_safetensors
+from clusterq_jax.weights import FORMAT, teacher, write_safetensors
 from clusterq_jax.weights.checks import untrained
-
-_ORDERS = {1: 'grey'}
 
 
 def check_output(output: str | os.PathLike[str]) -> pathlib.Path:
@@ -65,24 +64,30 @@ def write(
       f'class_names: {len(class_names)} names; the network has {classes} '
       'classes'
     )
-  mean, std = imported.normalization(mean, std)
-  values = {
+  values: dict[str, Any] = {
     'image_size': (h, w),
-    'mean': mean,
-    'std': std,
+    'mean': tuple(mean),
+    'std': tuple(std),
     'pixel_range': 1.0 if pixel_range is None else pixel_range,
-    'crop': crop,
-    'class_names': class_names or None,
+    'channel_order': channel_order or ('grey' if channels == 1 else 'rgb'),
   }
+  teacher.check_input(values, {name: name for name in values}, channels)
+  values['mean'], values['std'] = imported.normalization(mean, std)
+  values |= {'crop': crop, 'class_names': class_names or None}
   metadata = {
     'format': FORMAT,
     'graph': graph_file.to_json(graph),
-    'channel_order': channel_order or _ORDERS.get(channels, 'rgb'),
-    **{k: json.dumps(v) for k, v in values.items() if v is not None},
+    **{
+      name: value if isinstance(value, str) else json.dumps(value)
+      for name, value in values.items()
+      if value is not None
+    },
   }
   path.parent.mkdir(parents=True, exist_ok=True)
   write_safetensors(path, variables, metadata)
-  arrays = [a for leaves in variables['params'].values() for a in leaves.values()]
+  arrays = [
+    a for leaves in variables['params'].values() for a in leaves.values()
+  ]
   statistics = variables['batch_stats']
   report = [
     f'imported {len(graph.nodes)} layers for images of {h}x{w}x{channels}, '

@@ -3,18 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from flax import linen as nn
-
 from clusterq_jax.importing.layer import Layer
-from clusterq_jax.models import network
+from clusterq_jax.models import graph_file
 
-_LONGEST = 200  # characters
-
-
-def _taken() -> set[str]:
-  """Returns the names that a module's own attributes have."""
-  fields = network.Network.__dataclass_fields__
-  return {*dir(nn.Module), *dir(network.Network), *fields}
+_LONGEST = 190  # characters; a suffix follows
 
 
 def assign(layers: Sequence[Layer]) -> None:
@@ -24,11 +16,11 @@ def assign(layers: Sequence[Layer]) -> None:
     layers: in forward order; the first of a name keeps it, the second one gets
       the suffix '_2'.
   """
-  taken = _taken()
+  taken = set(graph_file.RESERVED)
   used: dict[str, int] = {}
   for layer in layers:
     name = re.sub(r'[^\w.\-]', '_', layer.name, flags=re.ASCII)
-    name = name[:_LONGEST].strip('.') or layer.op
+    name = name[:_LONGEST].strip('.-') or layer.op
     if name in taken and name not in used:
       name += '_'
     base = name

@@ -18,6 +18,7 @@ from clusterq_jax.importing import (
 )
 from clusterq_jax.importing.layer import Layer
 from clusterq_jax.importing.program import Program
+from clusterq_jax.models import graph_file
 from clusterq_jax.models.graph import Graph, Node
 
 _STATISTICS = ('mean', 'var')
@@ -48,17 +49,7 @@ class Imported:
     Args:
       mean: mean of each channel, as the program expects it, C values.
       std: standard deviation of each channel, C values.
-
-    Raises:
-      InputError: another number of values than channels.
     """
-    channels = len(self.factor)
-    for name, values in (('mean', mean), ('std', std)):
-      if len(values) != channels:
-        raise InputError(
-          f'{name}={tuple(values)}: expected {channels} number(s), one for each '
-          'input channel of the network'
-        )
     deviations = np.asarray(std, np.float64) / self.factor
     means = np.asarray(mean, np.float64) - self.shift * deviations
     return tuple(means.tolist()), tuple(deviations.tolist())
@@ -90,6 +81,10 @@ def import_program(
   graph = Graph(tuple(map(_node, layers)), (h, w, c))
   variables = _variables(program.source, layers)
   _check(program.source, graph, layers, variables)
+  try:
+    graph_file.from_json(graph_file.to_json(graph))
+  except InputError as error:  # absurd sizes
+    raise InputError(f'{program.source}: {error}') from error
   return Imported(graph, variables, factor, shift)
 
 

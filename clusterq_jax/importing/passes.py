@@ -31,6 +31,7 @@ def run(layers: list[Layer], source: str) -> list[Layer]:
   for rule in (
     _compose_hard_sigmoid,
     _compose_hard_swish,
+    _join_affine,
     _join_slices,
     _join_affine,
     _fold_batch_norm,
@@ -40,8 +41,10 @@ def run(layers: list[Layer], source: str) -> list[Layer]:
     _fold_act,
   ):
     layers = rewrite(layers, rule)
-  layers = _head(layers, source)
-  return [_final(layer, source) for layer in layers]
+  layers = [_final(layer, source) for layer in _head(layers, source)]
+  for layer in layers:
+    _simplify_padding(layer)
+  return layers
 
 
 def _is_affine(layer: Layer, factor: float, shift: float) -> bool:
@@ -175,7 +178,12 @@ def _fold_batch_norm(layer: Layer, counts: Counts) -> Layer:
 
 
 def _depthwise(channels: int) -> dict:
-  return {'features': channels, 'groups': channels, 'padding': _ONE}
+  return {
+    'features': channels,
+    'kernel': (1, 1),
+    'groups': channels,
+    'padding': _ONE,
+  }
 
 
 def _scaled_conv(conv: Layer, affine: Layer) -> Layer:
@@ -234,7 +242,7 @@ def _fold_pad(layer: Layer, counts: Counts) -> Layer:
     return layer
   pad = layer.inputs[0]
   value, more = pad.options['value'], pad.options['padding']
-  own = layer.options.get('padding')
+  own = layer.options.get('padding', _ONE)
   if layer.op in _CONVS:
     fits = value == 0
   elif layer.op == 'max_pool':
@@ -308,7 +316,7 @@ def _head(layers: list[Layer], source: str) -> list[Layer]:
 
 
 def _refuse_no_classifier(last: Layer, source: str) -> None:
-  """Refuses a head of which no layer has weights: its features are no logits."""
+  """Refuses a network that ends in features."""
   layer = last
   while layer.op in (
     'act',
@@ -394,7 +402,11 @@ def _final(layer: Layer, source: str) -> Layer:
         'kernel': kernel[None, None],
         'bias': np.zeros(channels),
       }
-      layer.options = {'features': channels, 'padding': _ONE}
+      layer.options = {
+        'features': channels,
+        'kernel': (1, 1),
+        'padding': _ONE,
+      }
   elif layer.op == 'pad':
     value = layer.options.pop('value')
     if value != 0:
@@ -403,3 +415,17 @@ def _final(layer: Layer, source: str) -> Layer:
         'values far below all others before a max pool, can be imported'
       )
   return layer
+
+
+def _simplify_padding(layer: Layer) -> None:
+  """Writes a padding as the networks in `models` do, if it is one of theirs."""
+  pads = layer.options.get('padding')
+  if pads is None or layer.op == 'pad':
+    return
+  half = [
+    k // 2 * layer.options.get('dilation', 1) for k in layer.options['kernel']
+  ]
+  if pads == tuple((n, n) for n in half):
+    layer.options['padding'] = None
+  elif len({n for pair in pads for n in pair}) == 1:
+    layer.options['padding'] = pads[0][0]

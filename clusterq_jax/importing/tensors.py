@@ -101,7 +101,7 @@ def read_pickled(raw: bytes) -> dict[str, np.ndarray]:
     pickled = archive.read(name)
     for instruction, argument, _ in pickletools.genops(pickled):
       if instruction.name not in _INSTRUCTIONS or (
-        instruction.name == 'LONG_BINPUT' and argument > len(pickled)
+        instruction.name == 'LONG_BINPUT' and int(argument or 0) > len(pickled)
       ):
         raise ValueError(f'the instruction {instruction.name} in a pickle')
     folder = name.removesuffix('data.pkl') + 'data/'

@@ -7,6 +7,7 @@ tensors are constants and are computed here (`constants`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -85,15 +86,20 @@ class Translator:
       return [self._resolve(each) for each in value]
     return value
 
-  def feature(self, name: str = 'self') -> Feature:
-    """Returns an operand that depends on the image, shaped as it is."""
+  def first(self) -> str:
+    """Returns the name of the main operand."""
+    return 'self' if 'self' in self.call.operands else 'input'
+
+  def feature(self, name: str = '') -> Feature:
+    """Returns an operand that depends on the image; by default the first."""
+    name = name or self.first()
     value = self.operand(name)
     if not isinstance(value, Feature):
       self.refuse(f'its operand {name} does not depend on the image')
     return value
 
-  def map(self, name: str = 'self') -> Layer:
-    """Returns the layer of an operand of shape [N, C, H, W]."""
+  def map(self, name: str = '') -> Layer:
+    """Returns the layer of such an operand of shape [N, C, H, W] or [N, C]."""
     value = self.feature(name)
     if not value.is_map:
       self.refuse(
@@ -235,7 +241,8 @@ class Translator:
     refusals.check_signature(program)
     (image,) = program.inputs
     shape = self.shape_of(image)
-    layer = Layer('input', [], shape[1:], name='input')
+    _, c, h, w = shape
+    layer = Layer('input', [], (c, h, w), name='input')
     self.layers.append(layer)
     self.values[image] = Feature(layer, shape)
     for name, key in program.weights.items():
@@ -264,7 +271,8 @@ class Translator:
     in_place = op.endswith('_') and not op.endswith('__')
     op = op.removesuffix('_') if in_place else op
     operands = {name: self.operand(name) for name in call.operands}
-    if not any(map(_depends, operands.values())):
+    fixed = not any(map(_depends, operands.values()))
+    if fixed or op in constants.FILLS:
       self._fold(op, operands)
     elif op in _OPS:
       results = _OPS[op](self)
@@ -306,7 +314,7 @@ class Translator:
 
   def _own(self) -> str | None:
     """Returns the name of the tensor whose memory the call returns."""
-    ref = self.call.operands.get('self', self.call.operands.get('input'))
+    ref = self.call.operands.get(self.first())
     return ref.name if isinstance(ref, Ref) else None
 
   def _share(self) -> None:
@@ -317,13 +325,18 @@ class Translator:
       self._sharing.setdefault(memory, [memory]).extend(self.call.outputs)
 
   def _overwrite(self) -> None:
-    """Marks the operand of an in-place call, and all that shares its memory."""
+    """Gives the operand of an in-place call its new value.
+
+    What shares its memory has changed too, in a way that is not followed: it
+    must not be read any more.
+    """
     if (name := self._own()) is not None:
       memory = self._memory.get(name, name)
-      names = [name, *self._sharing.pop(memory, ())]
-      self._overwritten |= dict.fromkeys(names, self.call)
-      for result in self.call.outputs:
-        self._overwritten.pop(result, None)
+      stale = self._sharing.pop(memory, [])
+      self._overwritten |= dict.fromkeys(stale, self.call)
+      for fresh in (name, *self.call.outputs):
+        self.values[fresh] = self.values[self.call.outputs[0]]
+        self._overwritten.pop(fresh, None)
 
 
 def _depends(value: Any) -> bool:
@@ -483,7 +496,7 @@ def _batch_norm(t: Translator) -> Feature:
 
 
 def _act(t: Translator, act: str, value: Feature | None = None, **options):
-  value = value or t.feature('input' if 'input' in t.call.operands else 'self')
+  value = value or t.feature()
   layer = t.add('act', [value.layer], value.layer.shape, act=act, **options)
   return Feature(layer, value.shape)
 
@@ -496,7 +509,7 @@ for _name, _kind in {
   'sigmoid': 'sigmoid',
   'tanh': 'tanh',
 }.items():
-  _OPS[_name] = lambda t, kind=_kind: _act(t, kind)
+  _OPS[_name] = functools.partial(_act, act=_kind)
 
 
 @_handles('silu')
@@ -541,7 +554,9 @@ def _prelu(t: Translator) -> Feature:
 @_handles('hardtanh clamp clamp_min')
 def _clip(t: Translator) -> Feature:
   ends = {'hardtanh': ('min_val', 'max_val')}
-  low, high = map(t.operand, ends.get(t.call.op.rstrip('_'), ('min', 'max')))
+  low, high = map(
+    t.operand, ends.get(t.call.op.removesuffix('_'), ('min', 'max'))
+  )
   if low == 0 and high is None:
     return _act(t, 'relu')
   if low == 0 and high == 6:
@@ -613,7 +628,7 @@ def _operands(t: Translator) -> tuple[Any, Any]:
 @_handles('add sub rsub')
 def _sum(t: Translator) -> Feature:
   x, y = _operands(t)
-  op, alpha = t.call.op.rstrip('_'), t.number('alpha', 1)
+  op, alpha = t.call.op.removesuffix('_'), t.number('alpha', 1)
   if op == 'rsub':
     x, y = y, x
   sign = alpha if op == 'add' else -alpha
@@ -709,7 +724,7 @@ def _window(
       f'its stride differs between height and width {tuple(steps)}; only '
       'equal ones can be imported'
     )
-  options = {'count_padding': True} if counted else {}
+  options: dict[str, Any] = {'count_padding': True} if counted else {}
   strides = used.pop() if used else 1
   if not used and max(counts) == 1:
     strides = max(strides, *kernel)  # so that no second window fits
@@ -770,9 +785,8 @@ def _repeated(t: Translator, x: Layer, sizes: Sequence[int]) -> Feature:
 
 @_handles('upsample_nearest2d')
 def _upsample(t: Translator) -> Feature:
-  x, shape = t.map('input' if 'input' in t.call.operands else 'self'), ()
-  if t.call.outputs:
-    shape = t.shape_of(t.call.outputs[0])
+  x = t.map()
+  shape = t.shape_of(t.call.outputs[0])
   if len(shape) != 4 or max(shape) > 2**15:
     t.refuse(f'its result is {list(shape)}')
   c, h, w = x.shape
@@ -1101,7 +1115,7 @@ def _expand(t: Translator) -> Feature:
 def _dropout(t: Translator) -> Feature:
   if t.operand('train', False):
     t.refuse(refusals.TRAINING)
-  return t.feature('input')
+  return t.feature()
 
 
 @_handles(

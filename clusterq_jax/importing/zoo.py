@@ -5,16 +5,19 @@ import os
 from typing import Any
 
 from clusterq_jax.errors import InputError
+from clusterq_jax.weights import files
+from clusterq_jax.weights.entries import join_names, shared_prefix
 
 SOURCES = ('torchvision', 'timm', 'pytorchcv')
 
 
-def build(name: str, path: str | os.PathLike[str]) -> Any:
+def build(name: str, path: str | os.PathLike[str], entry: str = '') -> Any:
   """Builds a network and loads its weights.
 
   Args:
     name: source and name, such as 'timm:regnety_004'.
-    path: a state dict that torch.save wrote.
+    path: a file with a state dict, such as torch.save writes.
+    entry: name of the dictionary in the file; '' for the largest.
 
   Returns:
     The torch.nn.Module in eval mode.
@@ -24,12 +27,14 @@ def build(name: str, path: str | os.PathLike[str]) -> Any:
       weights do not fit.
   """
   source, _, model = name.partition(':')
-  if source not in SOURCES:
+  if source not in SOURCES or not model:
     known = ', '.join(f'{source}:NAME' for source in SOURCES)
     raise InputError(f'--arch={name}: expected one of {known}')
   torch = _import('torch', name)
   _import(source, name)
-  state = _state(torch, path)
+  state = {
+    key: torch.as_tensor(value) for key, value in _state(path, entry).items()
+  }
   try:
     network = _make(source, model, state)
   except Exception as error:  # each source has its own kinds
@@ -43,66 +48,77 @@ def build(name: str, path: str | os.PathLike[str]) -> Any:
   return network.eval()
 
 
-def expected_input(network: Any) -> dict[str, Any]:
-  """Returns what a network of timm says about its input.
+def expected_input(name: str, network: Any) -> dict[str, Any]:
+  """Returns what a source knows about the input of a network.
+
+  Args:
+    name: see `build`.
+    network: the result of `build`.
 
   Returns:
-    image_size, mean, std and crop; empty for networks of other sources.
+    image_size, mean, std and crop, as far as they are known.
   """
-  known = getattr(network, 'pretrained_cfg', None)
-  if not isinstance(known, dict) or not known.get('input_size'):
-    return {}
-  return {
-    'image_size': tuple(known['input_size'][1:]),
-    'mean': tuple(known['mean']),
-    'std': tuple(known['std']),
-    'crop': known.get('crop_pct'),
-  }
+  source, _, model = name.partition(':')
+  if source == 'timm':
+    known = network.pretrained_cfg
+    return {
+      'image_size': tuple(known['input_size'][1:]),
+      'mean': tuple(known['mean']),
+      'std': tuple(known['std']),
+      'crop': known.get('crop_pct'),
+    }
+  if source == 'torchvision':
+    models = importlib.import_module('torchvision.models')
+    known = models.get_model_weights(model).DEFAULT.transforms()
+    (side,), (resized,) = known.crop_size, known.resize_size
+    return {
+      'image_size': (side, side),
+      'mean': tuple(known.mean),
+      'std': tuple(known.std),
+      'crop': side / resized,
+    }
+  return {'image_size': tuple(network.in_size)}
 
 
 def _import(module: str, name: str) -> Any:
   try:
     return importlib.import_module(module)
-  except ImportError as error:
+  except Exception as error:  # compiled parts that do not fit raise any kind
+    reason = ' '.join(str(error).split())[:200]
     raise InputError(
-      f'--arch={name}: needs {module}, which is not installed ({error}): pip '
-      f'install {module}'
+      f'--arch={name}: needs {module}, which cannot be imported ({reason}): '
+      'pip install torch torchvision timm pytorchcv, in one command'
     ) from error
 
 
-def _state(torch: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Reads a state dict, which may stand under a usual key."""
-  try:
-    with open(path, 'rb') as file:
-      state = torch.load(file, map_location='cpu', weights_only=True)
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
-  except Exception as error:  # damaged contents raise nearly every kind
-    reason = ' '.join(str(error).split())[:200]
-    raise InputError(f'{path}: cannot be read as a state dict: {reason}') from (
-      error
-    )
-  for key in ('state_dict', 'model', 'state_dict_ema', 'model_ema'):
-    if isinstance(state, dict) and isinstance(state.get(key), dict):
-      state = state[key]
-  if not isinstance(state, dict) or not state:
-    raise InputError(f'{path}: expected a state dict')
-  return {str(k).removeprefix('module.'): v for k, v in state.items()}
+def _state(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
+  """Reads the tensors of a file under their keys in the network."""
+  entries, _ = files.read_entries(path)
+  found = [each for each in entries if not entry or each.name == entry]
+  if not found:
+    names = join_names(repr(each.name) for each in entries)
+    raise InputError(f'--entry={entry}: {path} has the entries {names}')
+  state = dict(max(found, key=lambda each: len(each.values)).values)
+  while prefix := shared_prefix(state):
+    if prefix not in ('module.', '_orig_mod.'):
+      break
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+  return state
 
 
 def _make(source: str, model: str, state: dict[str, Any]) -> Any:
   """Makes a network with as many classes as the weights have."""
-  *_, last = (v for v in state.values() if getattr(v, 'ndim', 0) >= 1)
+  last = list(state.values())[-1]
   classes = len(last)
   if source == 'torchvision':
     models = importlib.import_module('torchvision.models')
-    # Only these two know the option, and without it they warn for minutes.
-    options = {}
+    options: dict[str, Any] = {}
     if model in ('googlenet', 'inception_v3'):
+      # As torchvision does for the weights that it publishes.
       options = {
         'init_weights': False,
-        'aux_logits': any('Aux' in k or 'aux' in k for k in state),
-        'transform_input': False,
+        'aux_logits': any('aux' in key.lower() for key in state),
+        'transform_input': True,
       }
     return models.get_model(model, weights=None, num_classes=classes, **options)
   if source == 'timm':

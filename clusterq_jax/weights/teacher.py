@@ -146,14 +146,23 @@ def expected_input(
     elif name in usual:
       values[name] = usual[name]
       assumed.append(name)
-  _check_input(values, origins, int(loaded.options['in_channels']))
+  check_input(values, origins, int(loaded.options['in_channels']))
   return ExpectedInput(values, assumed)
 
 
-def _check_input(
+def check_input(
   values: dict[str, Any], origins: Mapping[str, str], channels: int
 ) -> None:
-  """Refuses impossible values; turns lists in `values` into tuples."""
+  """Refuses impossible values; turns lists in `values` into tuples.
+
+  Args:
+    values: values by field of `Preprocessing`; fields may be absent.
+    origins: what to call each value in a message.
+    channels: number of channels of the network's input.
+
+  Raises:
+    InputError: an impossible value.
+  """
 
   def refuse(name: str, expected: str) -> NoReturn:
     raise InputError(f'{origins[name]}={values[name]!r}: expected {expected}')

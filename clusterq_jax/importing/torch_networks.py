@@ -18,31 +18,31 @@ _IMAGES = 4
 SOUND = 1e-4
 
 
-def export(network: Any, shape: tuple[int, int, int], name: str) -> Any:
-  """Exports a network for images of one size.
+def import_live(
+  network: Any, shape: tuple[int, int, int], name: str
+) -> Imported:
+  """Exports a network for images of one size and imports it.
 
   Args:
     network: a torch.nn.Module in eval mode.
     shape: (H, W, C) of its images.
     name: name of the network, for messages.
 
-  Returns:
-    The torch.export.ExportedProgram.
-
   Raises:
-    InputError: torch cannot export it.
+    InputError: torch cannot export it, or no graph can be it.
   """
   import torch
 
   h, w, c = shape
   try:
-    return torch.export.export(network, (torch.zeros(2, c, h, w),))
+    exported = torch.export.export(network, (torch.zeros(2, c, h, w),))
   except Exception as error:  # torch raises whatever the network's code does
     reason = ' '.join(str(error).split())[:300]
     raise InputError(
       f'{name}: torch.export.export fails for images [2, {c}, {h}, {w}]: '
       f'{reason}'
     ) from error
+  return import_program(exported, name)
 
 
 def parity(network: Any, imported: Imported, images: int = _IMAGES) -> float:
@@ -125,8 +125,7 @@ def from_torch(
     raise InputError(
       f'{name}: the network is in train mode; call network.eval() first'
     )
-  shape = (size[0], size[1], len(mean))
-  imported = import_program(export(network, shape, name), name)
+  imported = import_live(network, (size[0], size[1], len(mean)), name)
   difference = parity(network, imported)
   print(files.write(imported, output, mean=mean, std=std, **details))
   print(describe(difference))
