@@ -1,7 +1,8 @@
 """Trains a small network with squeeze-excite and hard_swish, in plain torch.
 
     python -m benchmarks.train_se_network \\
-        --data=/usr/share/datasets/fashion-mnist --output=tests/assets/se_network.pt2
+        --data=/usr/share/datasets/fashion-mnist \\
+        --output=tests/assets/se_network.pt2
 
 The network has the blocks of MobileNetV3. It stands for a user's own class, so
 that tests of these layers have real statistics and a real accuracy. It trains

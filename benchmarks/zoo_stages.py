@@ -16,10 +16,9 @@ import jax
 import numpy as np
 
 from benchmarks import bit_exactness, integer_latency, runtimes
+from clusterq_jax import importing
 from clusterq_jax.deploy import fold, onnx_graph
 from clusterq_jax.errors import InputError
-from clusterq_jax.importing import from_torch
-from clusterq_jax.importing.network import Imported, import_program
 from clusterq_jax.layers import fake_quant
 from clusterq_jax.method import calibration, procedural
 from clusterq_jax.method.networks import Networks
@@ -40,7 +39,7 @@ class Job:
     self.name, self.side = name, side
     self.program = folder / f'{name.replace(":", "-")}.pt2'
     self.answers = self.program.with_suffix('.npz')
-    self.imported: Imported
+    self.imported: importing.Imported
     self.prep: Preprocessing
 
   def export(self) -> Stage:
@@ -63,12 +62,12 @@ class Job:
       (logits,) = getattr(logits, 'values', lambda x=logits: x)()
     images = x.numpy().transpose(0, 2, 3, 1)
     np.savez(self.answers, images=images, logits=logits.numpy())
-    yield {}
+    yield {'export_cpu_s': round(time.process_time(), 1)}
 
   def load(self) -> Stage:
     """Imports the program, from its file."""
     start = time.monotonic()
-    self.imported = import_program(self.program)
+    self.imported = importing.import_program(self.program)
     yield {'import_s': round(time.monotonic() - start, 2)}
     leaves = jax.tree.leaves(self.imported.variables['params'])
     yield {
@@ -82,7 +81,7 @@ class Job:
   def parity(self) -> Stage:
     with np.load(self.answers) as file:
       images, expected = file['images'], file['logits']
-    found = from_torch.logits(self.imported, images)
+    found = importing.logits(self.imported, images)
     difference = np.abs(found - expected).max() / np.abs(expected).max()
     yield {'parity': float(f'{difference:.2g}')}
 
@@ -200,7 +199,7 @@ def run(
     say({'stage': stage})
     try:
       for found in getattr(job, stage)():
-        say(found)
+        say(found | {'cpu_s': round(time.process_time(), 1)})
     except InputError as e:
       say({'reason': str(e), 'refused': True})
       return
