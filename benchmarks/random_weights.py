@@ -10,7 +10,6 @@ on accuracy.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -72,9 +71,8 @@ def teacher(arch: str, num_classes: int, seed: int = 0) -> teacher_lib.Teacher:
   """Returns a teacher as if loaded from such a file."""
   variables, prep = make(arch, num_classes, seed)
   build = registry.builder(arch, num_classes=num_classes)
-  options = {'num_classes': num_classes}
   return teacher_lib.Teacher(
-    build, trace(build), variables, prep, num_classes, options, (), ''
+    build, trace(build), variables, prep, num_classes, 1.0, (), ()
   )
 
 
@@ -83,15 +81,9 @@ def write(
 ) -> None:
   """Writes a weights file in the format of this project."""
   variables, prep = make(arch, num_classes, seed)
-  metadata = {
-    'format': weights.FORMAT,
-    'arch': arch,
-    **{
-      key: value if isinstance(value, str) else json.dumps(value)
-      for key, value in dataclasses.asdict(prep).items()
-    },
-  }
-  weights.write_safetensors(path, jax.tree.map(np.asarray, variables), metadata)
+  graph = trace(registry.builder(arch, num_classes=num_classes))
+  variables = jax.tree.map(np.asarray, variables)
+  weights.save(path, graph, variables, dataclasses.asdict(prep), arch=arch)
 
 
 def main():

@@ -27,6 +27,7 @@ from clusterq_jax.config import (  # noqa: E402
   imagenet_config,
   paper_config,
   paper_imagenet_config,
+  quantize_config,
 )
 from clusterq_jax.deploy.student import Student  # noqa: E402
 from clusterq_jax.deploy.student import load as load_student  # noqa: E402
@@ -55,5 +56,6 @@ __all__ = [
   'paper_config',
   'paper_imagenet_config',
   'quantize',
+  'quantize_config',
   'register_network',
 ]

@@ -18,7 +18,6 @@ The output also records the input that the weights expect, so that no config
 needs to.
 """
 
-import json
 import pathlib
 import sys
 from typing import Any
@@ -89,28 +88,19 @@ def convert(
   loaded = weights_lib.load(source, arch, entry)
   report = [loaded.report, 'Nothing is missing and nothing is left over.']
   report += loaded.notes
-  if class_names and len(class_names) != loaded.options['num_classes']:
+  if class_names and len(class_names) != loaded.num_classes:
     raise InputError(
       f'--class_names: {len(class_names)} names; {source} has '
-      f'{loaded.options["num_classes"]} classes'
+      f'{loaded.num_classes} classes'
     )
   expected, assumed = teacher.expected_input(
     source, arch, loaded, preprocessing, '--'
   )
   report += _warnings(arch, expected, assumed)
-  metadata = {
-    'format': weights_lib.FORMAT,
-    'arch': arch,
-    **{
-      name: json.dumps(value) if not isinstance(value, str) else value
-      for name, value in expected.items()
-    },
-    **{name: 'true' for name, value in loaded.options.items() if value is True},
-  }
-  if class_names:
-    metadata['class_names'] = json.dumps(class_names)
   target.parent.mkdir(parents=True, exist_ok=True)
-  weights_lib.write_safetensors(target, loaded.variables, metadata)
+  weights_lib.save(
+    target, loaded.graph, loaded.variables, expected, class_names, arch=arch
+  )
   report.append(f'{output}: {target.stat().st_size / 1e6:.2f} MB')
   return '\n'.join(report)
 

@@ -22,6 +22,7 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.modes import dryrun, evaluate, export, quantize, report
 from clusterq_jax.report import closing_table
 from clusterq_jax.runtime import distributed
+from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
     if _MODE.value == 'dryrun':
       return dryrun.dryrun(config)
     if _MODE.value == 'config':
-      print(config_lib.describe(config_lib.resolve(config)))
+      print(_described(config))
       return 0
     decision = distributed.initialize(
       _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
@@ -156,6 +157,18 @@ def main(argv: list[str]) -> int:
     print(distributed.lost_process_message(reason), file=sys.stderr)
     return 1
   return 0
+
+
+def _described(config: ml_collections.ConfigDict) -> str:
+  """Formats every value of a config, completed if the weights can be read."""
+  resolved = config_lib.resolve(config)
+  try:
+    teacher = session_lib.load_teacher(resolved)
+    resolved = session_lib.complete(resolved, teacher)
+  except InputError as e:
+    why = f'None where the value follows from the network: {e}'
+    print(why, file=sys.stderr)
+  return config_lib.describe(resolved)
 
 
 def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:

@@ -15,7 +15,6 @@ minutes on two cores.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -32,12 +31,12 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
 from clusterq_jax.method import losses
 from clusterq_jax.models import registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.runtime import evaluation
 
 DEV_IMAGES = 5_000
 ARCH = 'resnet20'
-OPTIONS = {'num_classes': 10, 'in_channels': 1, 'shortcut': 'pad'}
 
 _DATA = flags.DEFINE_string(
   'data', None, 'Folder with the IDX files.', required=True
@@ -130,18 +129,6 @@ def _preprocessing(images: np.ndarray) -> Preprocessing:
   )
 
 
-def _metadata(prep: Preprocessing) -> dict[str, str]:
-  """Returns the header of the weights file."""
-  fields = {k: json.dumps(v) for k, v in dataclasses.asdict(prep).items()}
-  return fields | {
-    'format': weights.FORMAT,
-    'arch': ARCH,
-    'options': json.dumps(OPTIONS),
-    'channel_order': prep.channel_order,
-    'class_names': json.dumps(data.FASHION_MNIST_CLASSES),
-  }
-
-
 def main(argv: list[str]) -> None:
   """Trains and saves the teacher and prints its accuracy.
 
@@ -159,8 +146,7 @@ def main(argv: list[str]) -> None:
   images, labels = (a[:-DEV_IMAGES] for a in train)
   dev = data.Images(*(a[-DEV_IMAGES:] for a in train))
   prep = _preprocessing(images)
-  options = {k: v for k, v in OPTIONS.items() if k != 'in_channels'}
-  build = registry.builder(ARCH, **options)
+  build = registry.builder(ARCH, num_classes=10)
   network = build(float_layers.layer_set(train=True))
   teacher = build(float_layers.layer_set())
   seed = jax.random.key(_SEED.value)
@@ -193,7 +179,14 @@ def main(argv: list[str]) -> None:
         f'epoch {epoch + 1}: loss {state[2]:.3f}, dev top-1 {top1(dev):.2f}'
       )
   trained = jax.tree.map(np.asarray, state[0])
-  weights.write_safetensors(output, trained, _metadata(prep))
+  weights.save(
+    output,
+    trace(build),
+    trained,
+    dataclasses.asdict(prep),
+    tuple(data.FASHION_MNIST_CLASSES),
+    arch=ARCH,
+  )
   print(
     f'{output}: dev top-1 {top1(dev):.2f}, test top-1 {top1(test):.2f}, '
     f'{time.time() - start:.0f} s'

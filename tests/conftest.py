@@ -4,7 +4,6 @@ Whole runs use a tiny teacher, so compilation takes most of their time. All runs
 share one persistent compilation cache. Most assertions share one finished run.
 """
 
-import json
 import os
 import pathlib
 import runpy
@@ -27,6 +26,7 @@ from clusterq_jax import main as main_lib
 from clusterq_jax import weights
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.modes import quantize
 from clusterq_jax.runtime import checkpoint
 from clusterq_jax.runtime.compiler import Compiler
@@ -129,17 +129,16 @@ def _teacher_variables() -> dict[str, Any]:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """Returns the weights file of a ResNet-8 on 8x8 RGB images of 4 classes."""
   path = tmp_path_factory.mktemp('teacher') / 'teacher.safetensors'
-  metadata = {
-    'format': weights.FORMAT,
-    'arch': 'resnet8',
-    'image_size': '[8, 8]',
-    'mean': '[0.5, 0.45, 0.4]',
-    'std': '[0.25, 0.22, 0.2]',
-    'pixel_range': '1.0',
+  expected = {
+    'image_size': (8, 8),
+    'mean': (0.5, 0.45, 0.4),
+    'std': (0.25, 0.22, 0.2),
+    'pixel_range': 1.0,
     'channel_order': 'rgb',
-    'class_names': json.dumps(['ant', 'bee', 'cat', 'dog']),
   }
-  weights.write_safetensors(path, _teacher_variables(), metadata)
+  graph = trace(registry.builder('resnet8', num_classes=4))
+  names = ('ant', 'bee', 'cat', 'dog')
+  weights.save(path, graph, _teacher_variables(), expected, names)
   return path
 
 

@@ -6,9 +6,11 @@ from clusterq_jax.config.presets import (
   imagenet_config,
   paper_config,
   paper_imagenet_config,
+  quantize_config,
 )
 from clusterq_jax.config.validation import (
   check_schema,
+  complete,
   describe,
   differences,
   flatten,
@@ -20,6 +22,7 @@ from clusterq_jax.config.validation import (
 __all__ = [
   'Config',
   'check_schema',
+  'complete',
   'default_config',
   'describe',
   'differences',
@@ -28,6 +31,7 @@ __all__ = [
   'imagenet_config',
   'paper_config',
   'paper_imagenet_config',
+  'quantize_config',
   'resolve',
   'to_json',
 ]

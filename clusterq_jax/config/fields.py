@@ -4,7 +4,8 @@ The defaults are the short recipe. Users see the fields as an
 `ml_collections.ConfigDict` (`presets.default_config`) and set them with
 `--config.section.field=value`. The code uses the frozen `Config`, which
 `validation.resolve` makes: it checks the values and replaces each None that
-follows from other fields.
+follows from other fields. `validation.complete` replaces those that follow from
+the network, by the rules in `derive.py`.
 
 The attributes in the docstrings are the meanings that --mode=config prints.
 """
@@ -30,7 +31,7 @@ class Teacher:
   """Float network to quantize.
 
   Attributes:
-    arch: Name of the network.
+    arch: Name of the network; '': the weights file holds its graph.
     weights: Path of a weights file, or 'embedded' for the shipped one.
     entry: Key of the network in a file of several; '': the only one that fits.
     num_classes: Number of classes; None: as in the weights.
@@ -90,7 +91,7 @@ class Generator:
   Attributes:
     latent_dim: Length of the noise vector.
     channels: Channels at each resolution, from the lowest. Each resolution has
-      twice the height and width of the one before.
+      twice the height and width of the one before. None: from the network.
     conditional: Whether BatchNorm gains depend on the class.
     prototypes: Number of embeddings per class; one is concatenated to the
       noise. 0: the paper's product of embedding and noise.
@@ -99,7 +100,7 @@ class Generator:
   """
 
   latent_dim: int = field(100, Bounds(1, 2**16))
-  channels: tuple[int, ...] = field((128, 64, 32), Bounds(1, 2**14))
+  channels: tuple[int, ...] = field(None, Bounds(1, 2**14))
   conditional: bool = field(True)
   prototypes: int = field(8, Bounds(0, 2**16))
   lr: float = field(5e-3, _RATE)
@@ -112,14 +113,14 @@ class Student:
 
   Attributes:
     optimizer: Optimiser: 'adam', or the paper's 'sgd'.
-    lr: Learning rate of the parameters.
+    lr: Learning rate of the parameters; None: from the network.
     quant_lr: Learning rate of the logarithms of quantizer steps (learned
-      ranges).
+      ranges); None: from the network.
   """
 
   optimizer: str = field('adam', choices=('sgd', 'adam'))
-  lr: float = field(6e-4, _RATE)
-  quant_lr: float = field(2e-3, _RATE)
+  lr: float = field(None, _RATE)
+  quant_lr: float = field(None, _RATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +159,13 @@ class Centroids:
     decay: beta of eq. 5: weight of the new statistics; 0 freezes the centroids.
     first_layer: Index of the first BatchNorm with class terms; None: (L + 1) //
       2 - 2 of L BatchNorms.
-    images_per_class: Images per class that initialise a centroid.
+    images_per_class: Images per class that initialise a centroid; None: from
+      the network.
   """
 
   decay: float = field(0.2, _SHARE)
   first_layer: int | None = field(None, Bounds(0, 10**5))
-  images_per_class: int = field(32, Bounds(1, 10**6))
+  images_per_class: int = field(None, Bounds(1, 10**6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Schedule:
   """Lengths of the phases, batch and pool.
 
   Attributes:
-    batch_size: Images per step.
+    batch_size: Images per step; None: from the network.
     warmup_steps: Generator steps on L1 (eq. 7).
     generator_steps: Generator steps on L2 (eq. 10).
     joint_steps: Steps of generator (L2) and student (L3) together.
@@ -183,7 +185,7 @@ class Schedule:
     lr_decay: Decay of the learning rates: 'cosine', or the paper's 'step'.
   """
 
-  batch_size: int = field(64, Bounds(2, 10**6))
+  batch_size: int = field(None, Bounds(2, 10**6))
   warmup_steps: int = field(None, _STEPS, recipe=400)
   generator_steps: int = field(None, _STEPS, recipe=800)
   joint_steps: int = field(0, _STEPS)
@@ -221,7 +223,7 @@ class Eval:
     resize: Length of the shorter side before the centre crop, in pixels. 0: no
       resizing; None: the network's usual length.
     network: Network that --mode=evaluate measures besides the teacher.
-    batch_size: Images per call.
+    batch_size: Images per call; None: from the network.
   """
 
   source: str = field(
@@ -230,7 +232,7 @@ class Eval:
   path: str = field('')
   resize: int | None = field(None, Bounds(0, 2**15))
   network: str = field('student', choices=('student', 'teacher', 'integer'))
-  batch_size: int = field(250, Bounds(1, 10**6))
+  batch_size: int = field(None, Bounds(1, 10**6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,14 +280,14 @@ class Config:
   Attributes:
     seed: Seed of all random numbers.
     budget: Length of the run relative to the short recipe. It scales the steps
-      and the pool where they are not set.
+      and the pool where they are not set. None: from the network.
     checkpoint_every: Steps between checkpoints.
     compute_dtype: Precision of convolutions; state and all other operations are
       float32.
   """
 
   seed: int = field(0, Bounds(-_INT32, _INT32 - 1))
-  budget: float = field(1.0, Bounds(1e-4, 1000))
+  budget: float = field(None, Bounds(1e-4, 1000))
   checkpoint_every: int = field(100, Bounds(1, 10**9))
   compute_dtype: str = field('float32', choices=('float32', 'bfloat16'))
   teacher: Teacher = Teacher()

@@ -45,26 +45,33 @@ def default_config() -> ml_collections.ConfigDict:
   The recipe takes minutes on two CPU cores. docs/method.md explains where it
   departs from the paper. `config.budget` makes the run longer or shorter.
   """
-  return _config_dict(fields.Config()).lock()
+  config = _config_dict(fields.Config()).lock()
+  config.budget = 1.0
+  return config
+
+
+def quantize_config() -> ml_collections.ConfigDict:
+  """Returns the short recipe at W8A8 for a weights file with its own graph.
+
+  Set `config.teacher.weights`. Budget, generator, batch and learning rates
+  follow from the network; see docs/method.md.
+  """
+  config = _config_dict(fields.Config()).lock()
+  config.teacher.arch = ''
+  config.teacher.weights = ''
+  config.quant.weight_bits = 8
+  config.quant.activation_bits = 8
+  return config
 
 
 def imagenet_config() -> ml_collections.ConfigDict:
-  """Returns the short recipe for 224 x 224 pixels, at W4A8.
+  """Returns the short recipe at W4A8 for networks with names, on ImageNet.
 
-  Two CPU cores can run it. The generator has few channels at the highest
-  resolution, a batch has 16 images, and a run is a sixth as long. The student's
-  learning rates are a quarter of the recipe's, like the batch. The values were
-  chosen on EfficientNet-Lite0.
+  Two CPU cores can run it. Budget, generator, batch and learning rates follow
+  from the network; see docs/method.md.
   """
-  config = default_config()
-  config.budget = 1 / 6
+  config = _config_dict(fields.Config()).lock()
   config.quant.activation_bits = 8
-  config.generator.channels = (128, 96, 64, 32, 16, 8)
-  config.centroids.images_per_class = 1
-  config.schedule.batch_size = 16
-  config.student.lr = 1.5e-4
-  config.student.quant_lr = 5e-4
-  config.eval.batch_size = 50
   return config
 
 
@@ -85,6 +92,7 @@ def paper_config() -> ml_collections.ConfigDict:
   config.generator.lr = 1e-3
   config.student.optimizer = 'sgd'
   config.student.lr = 1e-4
+  config.student.quant_lr = 2e-3
   config.loss.statistics = 0.1
   config.loss.sfda = 0.9
   config.loss.diversity = 0.6
@@ -94,6 +102,7 @@ def paper_config() -> ml_collections.ConfigDict:
   config.loss.student_cross_entropy = 1.0
   config.loss.features = 0.0
   config.centroids.decay = 0.2
+  config.centroids.images_per_class = 32
   config.schedule.batch_size = 200
   config.schedule.warmup_steps = 10_000
   config.schedule.generator_steps = 0
@@ -105,6 +114,7 @@ def paper_config() -> ml_collections.ConfigDict:
   config.augment.probability = 0.5
   config.augment.mixup = 0.0
   config.augment.adversarial = 0.0
+  config.eval.batch_size = 250
   config.report.log_every = 100
   return config
 

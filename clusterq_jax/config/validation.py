@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from clusterq_jax.config import fields, presets
+from clusterq_jax.config import derive, fields, presets
 from clusterq_jax.config.fields import Config
 from clusterq_jax.config.meaning import Meaning
 from clusterq_jax.errors import InputError
@@ -42,6 +42,8 @@ def flatten(config: ml_collections.ConfigDict | Config) -> dict[str, Any]:
 def resolve(config: ml_collections.ConfigDict) -> Config:
   """Checks a config and fills in the values that follow from other fields.
 
+  Values that follow from the network stay None; `complete` fills them in.
+
   Args:
     config: a changed `presets.default_config()`.
 
@@ -52,10 +54,36 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   _check_names(values)
   for name in values:
     values[name] = _checked(name, values[name])
-  try:
-    registry.architecture(values['teacher.arch'])
-  except InputError as e:
-    raise InputError(f'config.teacher.arch: {e}') from e
+  if values['teacher.arch']:
+    try:
+      registry.architecture(values['teacher.arch'])
+    except InputError as e:
+      raise InputError(f'config.teacher.arch: {e}') from e
+  return _filled_in(values)
+
+
+def complete(
+  config: Config, image_size: tuple[int, int], num_classes: int
+) -> Config:
+  """Fills in the values that follow from the network.
+
+  Args:
+    config: resolved config; values that it holds stay.
+    image_size: (H, W) of the network's input, in pixels.
+    num_classes: number of classes of the network.
+
+  Raises:
+    InputError: fields do not fit together.
+  """
+  values = flatten(config)
+  for name, value in derive.values(image_size, num_classes).items():
+    if values[name] is None:
+      values[name] = value
+  return _filled_in(values)
+
+
+def _filled_in(values: dict[str, Any]) -> Config:
+  """Returns the config of checked values and of those that follow from them."""
   _fill_in(values)
   _check_schedule(values)
   return _to_dataclass(Config, traverse_util.unflatten_dict(values, sep='.'))
@@ -153,16 +181,17 @@ def _fill_in(values: dict[str, Any]) -> None:
     # The fewer the bits, the further student and teacher can differ.
     'augment.adversarial': (8 - bits) / 40,
   }
-  for name, meaning in _MEANINGS.items():
-    if meaning.recipe is not None:
-      following[name] = max(1, round(values['budget'] * meaning.recipe))
-  filled = [
-    following[name] if values[name] is None else values[name]
-    for name in ('schedule.generator_steps', 'schedule.joint_steps')
-  ]
-  # The pool holds at most the batches that the generator makes.
-  pool = following['schedule.pool_batches']
-  following['schedule.pool_batches'] = min(pool, sum(filled))
+  if values['budget'] is not None:
+    for name, meaning in _MEANINGS.items():
+      if meaning.recipe is not None:
+        following[name] = max(1, round(values['budget'] * meaning.recipe))
+    filled = [
+      following[name] if values[name] is None else values[name]
+      for name in ('schedule.generator_steps', 'schedule.joint_steps')
+    ]
+    # The pool holds at most the batches that the generator makes.
+    pool = following['schedule.pool_batches']
+    following['schedule.pool_batches'] = min(pool, sum(filled))
   for name, value in following.items():
     if values[name] is None:
       values[name] = value
@@ -170,11 +199,13 @@ def _fill_in(values: dict[str, Any]) -> None:
 
 def _check_schedule(values: dict[str, Any]) -> None:
   """Refuses fields whose values do not fit together."""
-  if len(values['generator.channels']) < 2:
+  channels = values['generator.channels']
+  if channels is not None and len(channels) < 2:
     raise InputError(
-      f'config.generator.channels={values["generator.channels"]!r}: expected 2 '
-      'or more numbers'
+      f'config.generator.channels={channels!r}: expected 2 or more numbers'
     )
+  if values['budget'] is None:
+    return  # the steps follow from the network
   joint, student = (
     values[f'schedule.{name}_steps'] for name in ('joint', 'student')
   )

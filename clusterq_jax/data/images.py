@@ -152,6 +152,11 @@ def load(
   """
   if source == 'none':
     return None
+  if source in ('folder', 'tfds') and shape[2] > 3:
+    raise InputError(
+      f'config.eval.source={source!r}: reads images of 1 or 3 channels; the '
+      f'teacher expects {shape[2]}: use npz'
+    )
   if source == 'fashion_mnist':
     name, images = source, read_fashion_mnist(ASSETS, 't10k')
   elif source == 'folder':

@@ -1,9 +1,11 @@
 """Folds a student into an integer network; runs once, in NumPy."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from clusterq_jax.deploy import tables
 from clusterq_jax.deploy.integer import (
   Grid,
   IntegerNetwork,
@@ -12,6 +14,7 @@ from clusterq_jax.deploy.integer import (
   window_share,
 )
 from clusterq_jax.layers import float_layers
+from clusterq_jax.models import protocol
 from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import quantizers
@@ -37,44 +40,109 @@ def fold(
     student: variables {'params', 'batch_stats', 'quant'}.
     preprocessing: preprocessing of the student.
   """
-  layers: dict[str, Layer] = {}
-  for node in graph.nodes:
-    sources = tuple(
-      grid
-      for name in node.inputs
-      if name in layers and (grid := layers[name].grid) is not None
-    )
-    layers[node.name] = _layer(node, sources, plan, student, preprocessing)
+  graph = _vectors_second(graph, preprocessing)
+  grids = _grids(graph, plan, student)
+  layers = {
+    node.name: _layer(node, grids, plan, student, preprocessing)
+    for node in graph.nodes
+  }
   return IntegerNetwork(graph, layers, preprocessing)
+
+
+def _vectors_second(graph: Graph, preprocessing: Preprocessing) -> Graph:
+  """Puts the map before the vector in sums and products, as runtimes do."""
+  shapes = graph.shapes(preprocessing.shape)
+
+  def ordered(node: Node) -> Node:
+    if node.op in ('add', 'mul'):
+      first, second = node.inputs
+      if shapes[first] != shapes[node.name]:
+        return dataclasses.replace(node, inputs=(second, first))
+    return node
+
+  return dataclasses.replace(graph, nodes=tuple(map(ordered, graph.nodes)))
+
+
+def _grids(graph: Graph, plan: Plan, student: Any) -> dict[str, Grid]:
+  """Returns the grid of each layer's output, but not of the logits.
+
+  A layer without a quantizer feeds only a concat and takes the concat's grid.
+  Moved values stay on the grid of their input.
+  """
+  grids: dict[str, Grid] = {}
+  # Backwards, because a concat stands after its inputs.
+  for node in reversed(graph.nodes[:-1]):
+    if node.moves:
+      continue
+    own = student['quant'].get(node.name, {})
+    found = quantizers.output_grid(plan, node.name, own)
+    output = plan.output(node.name)
+    if found is None or output is None:
+      (concat,) = graph.consumers(node.name)
+      grid = grids[concat.name]
+    else:
+      zero = 128 if output.signed else 0
+      low, high = zero + int(found.low), zero + int(found.high)
+      grid = Grid(np.float32(found.step), zero, low, high)
+    grids[node.name] = _clipped(grid, node)
+  for node in graph.nodes:
+    if node.moves:
+      grids[node.name] = grids[node.inputs[0]]
+  return grids
+
+
+def _clipped(grid: Grid, node: Node) -> Grid:
+  """Returns the grid with the ends of a clipping activation."""
+  low, high = grid.low, grid.high
+  if node.act in protocol.CLIPPING:
+    low = max(low, grid.zero)
+  if node.act == 'relu6':
+    six = int(np.rint(np.float32(float_layers.RELU6) / grid.step))
+    high = min(high, grid.zero + six)
+  return grid._replace(low=low, high=high)
 
 
 def _layer(
   node: Node,
-  sources: tuple[Grid, ...],
+  grids: dict[str, Grid],
   plan: Plan,
   student: Any,
   preprocessing: Preprocessing,
 ) -> Layer:
-  if node.moves:
-    return Layer(node, sources, sources[0])
+  sources = tuple(grids[name] for name in node.inputs)
   if node.op == 'dense':
     weights = _weights(node, sources[0], plan, student)
     return Layer(node, sources, None, weights, sources[0].step * weights.step)
-  grid = _grid(node, plan, student)
-  if node.op == 'input':
-    return Layer(node, sources, grid, table=_input_table(grid, preprocessing))
-  if node.op == 'add':
-    table = _add_table(sources[0], sources[1], grid)
-    return Layer(node, sources, grid, table=table)
-  if node.op == 'conv_bn':
+  grid = grids[node.name]
+  if node.op in ('conv_bn', 'conv'):
     weights = _weights(node, sources[0], plan, student)
     multiplier = sources[0].step * weights.step / grid.step
     return Layer(node, sources, grid, weights, multiplier)
   if node.op == 'avg_pool':
     multiplier = np.asarray(sources[0].step * window_share(node) / grid.step)
     return Layer(node, sources, grid, multiplier=multiplier)
+  if node.op == 'input':
+    table = tables.pixels(grid, preprocessing)
+    return Layer(node, sources, grid, table=table)
+  if node.op == 'act':
+    slopes = student['params'].get(node.name, {}).get('slope')
+    table = tables.activation(node, sources[0], grid, slopes)
+    return Layer(node, sources, grid, table=table, slopes=slopes)
   # The multiplier of a global pool depends on the size of the image.
-  return Layer(node, sources, grid)
+  return Layer(node, sources, grid, table=_table(node, sources, grid))
+
+
+def _table(
+  node: Node, sources: tuple[Grid, ...], grid: Grid
+) -> np.ndarray | None:
+  """Returns the table of a layer with other inputs; None if it has none."""
+  if node.op in ('add', 'mul'):
+    first, second = sources
+    make = tables.add if node.op == 'add' else tables.multiply
+    return make(first, second, grid)
+  if node.op == 'concat':
+    return tables.requantized(sources, grid)
+  return None
 
 
 def round_biases(network: IntegerNetwork, student: Any) -> dict[str, Any]:
@@ -99,51 +167,6 @@ def round_biases(network: IntegerNetwork, student: Any) -> dict[str, Any]:
       bias = bias + (layer.weights.bias * unit - exact)
       params[name] = {**params[name], 'bias': bias.astype(np.float32)}
   return params
-
-
-def _grid(node: Node, plan: Plan, student: Any) -> Grid:
-  own = student['quant'].get(node.name, {})
-  found = quantizers.output_grid(plan, node.name, own)
-  assert found is not None, f'{node.name} has no quantizer'
-  output = plan.output(node.name)
-  assert output is not None
-  step, low, high = np.float32(found.step), int(found.low), int(found.high)
-  if node.act == 'relu6':
-    high = min(high, int(np.rint(np.float32(float_layers.RELU6) / step)))
-  zero = 128 if output.signed else 0
-  return Grid(step, zero, zero + low, zero + high)
-
-
-def _input_table(grid: Grid, preprocessing: Preprocessing) -> np.ndarray:
-  """Returns the code of each pixel value 0 to 255, uint8 [C, 256]."""
-  gain, offset = normalization(preprocessing)
-  x = np.arange(256, dtype=np.float32) * gain[:, None] + offset[:, None]
-  codes = np.rint(x / grid.step) + grid.zero
-  return np.clip(codes, grid.low, grid.high).astype(np.uint8)
-
-
-def normalization(
-  preprocessing: Preprocessing,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (gain, offset), float32 [C]: input = pixel * gain + offset."""
-  mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
-  gain = preprocessing.pixel_range / 255 / std
-  return gain.astype(np.float32), (-mean / std).astype(np.float32)
-
-
-def _add_table(a: Grid, b: Grid, out: Grid) -> np.ndarray:
-  """Returns the output code for each pair of operand codes, uint8 [256, 256].
-
-  ONNX Runtime computes two fused multiply-adds, the second operand first. The
-  products and sums are exact in float64. One rounding to float32 after each sum
-  gives the result of a fused multiply-add.
-  """
-  ratio_a, ratio_b = a.step / out.step, b.step / out.step
-  zeros = ratio_a * np.float32(a.zero) + ratio_b * np.float32(b.zero)
-  codes = np.arange(256, dtype=np.float64)
-  y = np.float32(codes * ratio_b + np.float32(out.zero - zeros))
-  x = np.float32(codes[:, None] * ratio_a + np.float64(y))
-  return np.clip(np.rint(x), out.low, out.high).astype(np.uint8)
 
 
 class Affine(NamedTuple):
@@ -199,6 +222,20 @@ def _weights(node: Node, source: Grid, plan: Plan, student: Any) -> Weights:
   final = (np.maximum(worth, floor) / factor).astype(np.float32)
   codes = (codes * factor * np.where(gain < 0, -1, 1)).astype(np.int8)
   bias = np.rint(bias / (np.float64(source.step) * final)).astype(np.int32)
-  largest = max(source.high - source.zero, source.zero - source.low)
   sums = np.abs(np.int64(codes)).sum(tuple(range(codes.ndim - 1)))
-  return Weights(codes, bias, final, factor, largest * sums.max() >= _EXACT)
+  return Weights(codes, bias, final, factor, _parts(source, int(sums.max())))
+
+
+def _parts(source: Grid, weight: int) -> int:
+  """Returns the parts of input codes that keep float32 sums exact.
+
+  Args:
+    source: grid of the input.
+    weight: largest sum of a channel's absolute weight codes.
+  """
+  largest = max(source.high - source.zero, source.zero - source.low)
+  parts = 1
+  while largest * weight >= _EXACT and parts < 8:
+    parts *= 2
+    largest = 2 ** (8 // parts) - 1
+  return parts

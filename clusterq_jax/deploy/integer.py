@@ -10,7 +10,10 @@ The arithmetic equals ONNX Runtime's quantized operators on x86:
   bias in 32-bit integers. It rescales the sum once, by one float32 multiplier
   per channel, and rounds half to even. Average pools do the same.
 - An add is one fused multiply-add per operand, here a table over pairs of
-  codes.
+  codes. So is a product. Activations are tables over codes.
+- A padded average pool that does not count zeros adds float32 numbers, row by
+  row.
+- Moves do not change codes. Inputs of a concat move to the grid of its output.
 - BatchNorm is folded into the steps of the weights and into the bias. Only the
   sign of its gain changes the weight codes.
 """
@@ -47,6 +50,14 @@ class Grid(NamedTuple):
   low: int
   high: int
 
+  def values(self) -> np.ndarray:
+    """Returns the real value of each code 0 to 255, float32 [256]."""
+    return (np.arange(256, dtype=np.float32) - self.zero) * self.step
+
+  def same_codes(self, other: 'Grid') -> bool:
+    """Tells whether each code means the same value on another grid."""
+    return self.step == other.step and self.zero == other.zero
+
 
 class Weights(NamedTuple):
   """Integer weights with BatchNorm folded in.
@@ -59,21 +70,22 @@ class Weights(NamedTuple):
     bias: int32 [O].
     step: float32 [O].
     factor: ratio of `codes` to the codes at the student's bit width.
-    wide: whether sums can exceed the integers that float32 represents exactly.
+    parts: number of parts of the input codes that are multiplied one by one, so
+      that float32 represents all sums exactly.
   """
 
   codes: np.ndarray
   bias: np.ndarray
   step: np.ndarray
   factor: int
-  wide: bool
+  parts: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
   """One layer of an integer network.
 
-  Inputs and adds look up their output codes in `table`. Other layers compute
+  Layers with a `table` look up their output codes. Other layers compute
   clip(round(sums * multiplier) + grid.zero, grid.low, grid.high). The logits
   are the classifier's sums * multiplier.
 
@@ -84,7 +96,10 @@ class Layer:
     weights: weights of a convolution or classifier, else None.
     multiplier: float32; [O] with weights, [] for an average pool, else 1.
     table: output codes, uint8. The input layer has [C, 256], by channel and
-      pixel value. An add has [256, 256], by the codes of both operands.
+      pixel value. Sums and products have [256, 256], by the codes of both
+      operands. An activation has [256], or [C, 256] for prelu. A concat has
+      [inputs, 256], or None if all codes stay.
+    slopes: slopes of a prelu below zero, float32 [C].
   """
 
   node: Node
@@ -93,6 +108,7 @@ class Layer:
   weights: Weights | None = None
   multiplier: np.ndarray | np.float32 = np.float32(1)
   table: np.ndarray | None = None
+  slopes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +156,8 @@ def weighted_sums(
   """Returns the exact sums of a layer: products of codes, plus the bias.
 
   The products run in float32, which is fast on all platforms and exact for
-  small integers. If the sums could become too large, two products run, on the
-  high and the low four bits of the input codes.
+  small integers. If the sums could become too large, one product runs for each
+  part of the input codes, such as their high and their low four bits.
 
   Args:
     layer: layer with weights.
@@ -156,13 +172,14 @@ def weighted_sums(
   centred = x.astype(jnp.int32) - layer.sources[0].zero
   kernel = jnp.asarray(weights.codes).astype(jnp.float32)
 
-  def whole(x):
-    return product(x.astype(jnp.float32), kernel).astype(jnp.int32)
-
-  if weights.wide:
-    sums = 16 * whole(centred >> 4) + whole(centred & 15)
-  else:
-    sums = whole(centred)
+  bits = 8 // weights.parts
+  sums = jnp.zeros((), jnp.int32)
+  for i in reversed(range(weights.parts)):
+    part = centred >> (i * bits)  # the first part has the sign
+    if i < weights.parts - 1:
+      part &= 2**bits - 1
+    products = product(part.astype(jnp.float32), kernel)
+    sums = (sums << bits) + products.astype(jnp.int32)
   return sums + jnp.asarray(weights.bias)
 
 
@@ -177,7 +194,7 @@ def _input(layer: Layer, images: jax.Array) -> jax.Array:
   return jnp.stack([row[images[..., c]] for c, row in enumerate(rows)], -1)
 
 
-def _conv_bn(layer: Layer, x: jax.Array) -> jax.Array:
+def _conv(layer: Layer, x: jax.Array) -> jax.Array:
   node = layer.node
   convolve = functools.partial(
     convolution.convolve,
@@ -199,9 +216,42 @@ def _dense(layer: Layer, x: jax.Array) -> jax.Array:
   return sums.astype(jnp.float32) * layer.multiplier
 
 
-def _add(layer: Layer, x: jax.Array, y: jax.Array) -> jax.Array:
+def _pairs(layer: Layer, x: jax.Array, y: jax.Array) -> jax.Array:
   pairs = x.astype(jnp.int32) * 256 + y
   return jnp.asarray(layer.table).reshape(-1)[pairs]
+
+
+def _act(layer: Layer, x: jax.Array) -> jax.Array:
+  table = jnp.asarray(layer.table)
+  if table.ndim == 1:
+    return table[x]
+  rows = 256 * jnp.arange(len(table))
+  return table.reshape(-1)[rows + x]
+
+
+def _concat(layer: Layer, *inputs: jax.Array) -> jax.Array:
+  if layer.table is not None:
+    inputs = tuple(
+      x if np.array_equal(row, np.arange(256)) else jnp.asarray(row)[x]
+      for row, x in zip(layer.table, inputs, strict=True)
+    )
+  return jnp.concatenate(inputs, -1)
+
+
+def _slice(layer: Layer, x: jax.Array) -> jax.Array:
+  return x[..., layer.node.start : layer.node.stop]
+
+
+def _shuffle(layer: Layer, x: jax.Array) -> jax.Array:
+  return float_layers.shuffle(x, layer.node.groups)
+
+
+def _pad(layer: Layer, x: jax.Array) -> jax.Array:
+  return float_layers.pad(x, layer.node.padding, layer.sources[0].zero)
+
+
+def _resize(layer: Layer, x: jax.Array) -> jax.Array:
+  return float_layers.resize(x, layer.node.factor)
 
 
 def _pad_shortcut(layer: Layer, x: jax.Array) -> jax.Array:
@@ -210,36 +260,50 @@ def _pad_shortcut(layer: Layer, x: jax.Array) -> jax.Array:
   return float_layers.pad_channels(x, node.features, node.strides, zero)
 
 
-def _max_pool(layer: Layer, x: jax.Array) -> jax.Array:
+def _windows(
+  layer: Layer, x: jax.Array, start: np.generic, combine: Callable
+) -> jax.Array:
+  """Combines the values of each window; `start` also pads."""
   node = layer.node
-  # The initial value pads the window: code 0 is the smallest.
+  pads = convolution.explicit(
+    x.shape[1:3], node.kernel, node.strides, node.padding
+  )
   return lax.reduce_window(
     x,
-    np.uint8(0),
-    lax.max,
+    start,
+    combine,
     (1, *node.kernel, 1),
     (1, node.strides, node.strides, 1),
-    (
-      (0, 0),
-      *convolution.explicit(
-        x.shape[1:3], node.kernel, node.strides, node.padding
-      ),
-      (0, 0),
-    ),
+    ((0, 0), *pads, (0, 0)),
   )
+
+
+def _max_pool(layer: Layer, x: jax.Array) -> jax.Array:
+  return _windows(layer, x, np.uint8(0), lax.max)  # code 0 is the smallest
+
+
+def counts_all(node: Node) -> bool:
+  """Tells whether each window of an average pool counts all its pixels."""
+  padded = node.padding not in (0, ((0, 0), (0, 0)))
+  return node.count_padding or not padded
 
 
 def _avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
-  node = layer.node
-  sums = lax.reduce_window(
-    x.astype(jnp.int32) - layer.sources[0].zero,
-    np.int32(0),
-    lax.add,
-    (1, *node.kernel, 1),
-    (1, node.strides, node.strides, 1),
-    'VALID',
+  (source,), grid = layer.sources, layer.grid
+  if counts_all(layer.node):
+    centred = x.astype(jnp.int32) - source.zero
+    sums = _windows(layer, centred, np.int32(0), lax.add)
+    return _to_grid(grid, sums.astype(jnp.float32) * layer.multiplier)
+  assert grid is not None
+  # A table, because a product might become a fused multiply-add.
+  real = jnp.asarray(source.values())[x]
+  sums = _windows(layer, real, np.float32(0), lax.add)
+  ones = jnp.ones((1, *x.shape[1:3], 1), jnp.float32)
+  # Without barriers, XLA would multiply by the reciprocals of constants.
+  counts, step = lax.optimization_barrier(
+    (_windows(layer, ones, np.float32(0), lax.add), jnp.asarray(grid.step))
   )
-  return _to_grid(layer.grid, sums.astype(jnp.float32) * layer.multiplier)
+  return _to_grid(grid, sums / counts / step)
 
 
 def _global_avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
@@ -255,10 +319,18 @@ def _global_avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
 
 _OPS: dict[str, Callable[..., jax.Array]] = {
   'input': _input,
-  'conv_bn': _conv_bn,
+  'conv_bn': _conv,
+  'conv': _conv,
   'dense': _dense,
-  'add': _add,
+  'act': _act,
+  'add': _pairs,
+  'mul': _pairs,
+  'concat': _concat,
+  'slice': _slice,
+  'shuffle': _shuffle,
+  'pad': _pad,
   'pad_shortcut': _pad_shortcut,
+  'resize': _resize,
   'max_pool': _max_pool,
   'avg_pool': _avg_pool,
   'global_avg_pool': _global_avg_pool,

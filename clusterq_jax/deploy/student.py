@@ -1,7 +1,7 @@
 """Saves and loads a finished student as one safetensors file.
 
 The tensors are parameters, BatchNorm statistics and quantizer steps. The header
-holds architecture, bit widths and preprocessing. Inference needs nothing else.
+holds graph, bit widths and preprocessing. Inference needs nothing else.
 """
 
 import dataclasses
@@ -20,13 +20,15 @@ from clusterq_jax import weights as weights_lib
 from clusterq_jax.deploy import fold, integer
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import fake_quant
-from clusterq_jax.models import registry
+from clusterq_jax.models import graph_file, registry
 from clusterq_jax.models.graph import Graph, trace
+from clusterq_jax.models.network import Network
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import plan as plan_lib
 
 FILE = 'student.safetensors'
-FORMAT = 'clusterq-jax student 1'
+FORMAT = 'clusterq-jax student 2'
+_WITHOUT_GRAPH = 'clusterq-jax student 1'  # earlier versions wrote it
 
 
 @functools.partial(
@@ -121,8 +123,7 @@ def _logits(student: Student, images: jax.Array) -> jax.Array:
 def save(
   path: pathlib.Path,
   variables: Mapping[str, Any],
-  arch: str,
-  options: Mapping[str, Any],
+  graph: Graph,
   bits: plan_lib.Bits,
   learned: bool,
   preprocessing: Preprocessing,
@@ -133,8 +134,7 @@ def save(
   Args:
     path: file to write or to replace.
     variables: {'params', 'batch_stats', 'quant'}.
-    arch: name of the architecture.
-    options: arguments of the architecture's builder.
+    graph: the network.
     bits: bit widths and placement.
     learned: whether the quantizer ranges are learned.
     preprocessing: preprocessing of the network.
@@ -142,8 +142,7 @@ def save(
   """
   metadata = {
     'format': FORMAT,
-    'arch': arch,
-    'options': json.dumps(dict(options)),
+    'graph': graph_file.to_json(graph),
     'bits': json.dumps(dataclasses.asdict(bits)),
     'learned': json.dumps(learned),
     'preprocessing': json.dumps(dataclasses.asdict(preprocessing)),
@@ -172,7 +171,7 @@ def load(path: str | pathlib.Path) -> Student:
   if not file.exists():
     raise InputError(f'{path}: no finished student; expected {FILE}')
   tensors, metadata = weights_lib.read_tensors(file)
-  if metadata.get('format') != FORMAT:
+  if metadata.get('format') not in (FORMAT, _WITHOUT_GRAPH):
     raise InputError(
       f'{file}: found format {metadata.get("format")!r}, expected {FORMAT!r}'
     )
@@ -197,9 +196,13 @@ def _make(
   lists = ('image_size', 'mean', 'std')
   raw |= {key: tuple(raw[key]) for key in lists}
   preprocessing = Preprocessing(**raw)
-  build = registry.builder(metadata['arch'], **json.loads(metadata['options']))
+  graph = _graph(metadata)
+  if graph.image_shape not in (None, preprocessing.shape):
+    raise InputError(
+      f'image_size={preprocessing.image_size}; the graph takes images of '
+      f'{graph.image_shape}'
+    )
   bits = plan_lib.Bits(**json.loads(metadata['bits']))
-  graph = trace(build)
   plan = plan_lib.make_plan(
     graph,
     bits,
@@ -223,5 +226,13 @@ def _make(
     class_names=tuple(json.loads(metadata['class_names'])),
     graph=graph,
     plan=plan,
-    _network=build(fake_quant.layer_set(plan)),
+    _network=Network(fake_quant.layer_set(plan), graph),
   )
+
+
+def _graph(metadata: Mapping[str, str]) -> Graph:
+  """Returns the graph of a student."""
+  if metadata['format'] == FORMAT:
+    return graph_file.from_json(metadata['graph'])
+  options = json.loads(metadata['options'])
+  return trace(registry.builder(metadata['arch'], **options))

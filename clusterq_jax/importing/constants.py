@@ -11,7 +11,7 @@ import numpy as np
 
 from clusterq_jax.importing.layer import product
 
-_LARGEST = 2**26  # numbers in one constant
+_LARGEST = 2**25  # numbers in one constant
 
 
 def _reshaped(values, shape, **_):

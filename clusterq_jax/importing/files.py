@@ -1,15 +1,14 @@
 """Writes an imported network as a teacher's file."""
 
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from clusterq_jax import weights as weights_lib
 from clusterq_jax.errors import InputError
 from clusterq_jax.importing.network import Imported
-from clusterq_jax.models import graph_file
-from clusterq_jax.weights import FORMAT, teacher, write_safetensors
+from clusterq_jax.weights import teacher
 from clusterq_jax.weights.checks import untrained
 
 
@@ -73,18 +72,10 @@ def write(
   }
   teacher.check_input(values, {name: name for name in values}, channels)
   values['mean'], values['std'] = imported.normalization(mean, std)
-  values |= {'crop': crop, 'class_names': class_names or None}
-  metadata = {
-    'format': FORMAT,
-    'graph': graph_file.to_json(graph),
-    **{
-      name: value if isinstance(value, str) else json.dumps(value)
-      for name, value in values.items()
-      if value is not None
-    },
-  }
+  if crop is not None:
+    values['crop'] = crop
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_safetensors(path, variables, metadata)
+  weights_lib.save(path, graph, variables, values, tuple(class_names))
   arrays = [
     a for leaves in variables['params'].values() for a in leaves.values()
   ]

@@ -29,6 +29,7 @@ def run(layers: list[Layer], source: str) -> list[Layer]:
     InputError: a layer has no place in a graph.
   """
   for rule in (
+    _join_affine,
     _compose_hard_sigmoid,
     _compose_hard_swish,
     _join_affine,

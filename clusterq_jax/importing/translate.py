@@ -18,7 +18,7 @@ from clusterq_jax.importing import constants, refusals
 from clusterq_jax.importing.layer import Layer, Shape, per_channel, product
 from clusterq_jax.importing.program import Call, Program, Ref
 
-_LARGEST = 2**28  # numbers in all constants that are computed
+_LARGEST = 2**27  # numbers in all constants that are computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -553,18 +553,23 @@ def _prelu(t: Translator) -> Feature:
 
 @_handles('hardtanh clamp clamp_min')
 def _clip(t: Translator) -> Feature:
-  ends = {'hardtanh': ('min_val', 'max_val')}
-  low, high = map(
-    t.operand, ends.get(t.call.op.removesuffix('_'), ('min', 'max'))
-  )
+  op = t.call.op.removesuffix('_')
+  ends = ('min_val', 'max_val') if op == 'hardtanh' else ('min', 'max')
+  low, high = map(t.operand, ends)
   if low == 0 and high is None:
     return _act(t, 'relu')
-  if low == 0 and high == 6:
-    return _act(t, 'relu6')
-  t.refuse(
-    f'it clips to ({low!r:.20}, {high!r:.20}); only (0, none) and (0, 6) can '
-    'be imported: use relu or relu6'
-  )
+  if op == 'hardtanh':
+    low, high = t.number('min_val', -1), t.number('max_val', 1)
+  if not (type(low) in (int, float) and type(high) in (int, float)):
+    t.refuse(f'it clips to ({low!r:.20}, {high!r:.20}); it needs two numbers')
+  if not 1e-6 < high - low < 1e6:
+    t.refuse(f'it clips to ({low}, {high})')
+  # Any other range is that of relu6, scaled and shifted.
+  scale = (high - low) / 6
+  x = t.feature() if low == 0 else _affine(t, t.feature(), shift=-low)
+  x = x if scale == 1 else _affine(t, x, 1 / scale)
+  x = _act(t, 'relu6', x)
+  return x if (low, scale) == (0, 1) else _affine(t, x, scale, low)
 
 
 # --- Arithmetic --------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Builds networks of torchvision, timm and pytorchcv by name, from weights."""
 
+import functools
 import importlib
 import os
 from typing import Any
@@ -8,7 +9,12 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.weights import files
 from clusterq_jax.weights.entries import join_names, shared_prefix
 
-SOURCES = ('torchvision', 'timm', 'pytorchcv')
+# Source of a name: the module that builds its networks.
+SOURCES = {
+  'torchvision': 'torchvision.models',
+  'timm': 'timm',
+  'pytorchcv': 'pytorchcv.model_provider',
+}
 
 
 def build(name: str, path: str | os.PathLike[str], entry: str = '') -> Any:
@@ -31,12 +37,12 @@ def build(name: str, path: str | os.PathLike[str], entry: str = '') -> Any:
     known = ', '.join(f'{source}:NAME' for source in SOURCES)
     raise InputError(f'--arch={name}: expected one of {known}')
   torch = _import('torch', name)
-  _import(source, name)
+  models = _import(SOURCES[source], name)
   state = {
     key: torch.as_tensor(value) for key, value in _state(path, entry).items()
   }
   try:
-    network = _make(source, model, state)
+    network = _make(models, source, model, state)
   except Exception as error:  # each source has its own kinds
     reason = ' '.join(str(error).split())[:200]
     raise InputError(f'--arch={name}: {source} refuses it: {reason}') from error
@@ -82,13 +88,35 @@ def expected_input(name: str, network: Any) -> dict[str, Any]:
 
 def _import(module: str, name: str) -> Any:
   try:
-    return importlib.import_module(module)
+    try:
+      return importlib.import_module(module)
+    except RuntimeError as error:
+      if 'torchvision::nms' not in str(error):
+        raise
+      _define_detection()
+      return importlib.import_module(module)
   except Exception as error:  # compiled parts that do not fit raise any kind
     reason = ' '.join(str(error).split())[:200]
     raise InputError(
       f'--arch={name}: needs {module}, which cannot be imported ({reason}): '
       'pip install torch torchvision timm pytorchcv, in one command'
     ) from error
+
+
+@functools.cache
+def _define_detection() -> Any:
+  """Declares two operators of torchvision that no classifier calls.
+
+  A torchvision that was built for another torch lacks them, and then cannot be
+  imported.
+  """
+  library = importlib.import_module('torch').library.Library
+  operators = library('torchvision', 'DEF')
+  for name in ('nms', 'qnms'):
+    operators.define(
+      f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
+    )
+  return operators  # cached: they go when this object does
 
 
 def _state(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
@@ -106,23 +134,18 @@ def _state(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
   return state
 
 
-def _make(source: str, model: str, state: dict[str, Any]) -> Any:
+def _make(models: Any, source: str, model: str, state: dict[str, Any]) -> Any:
   """Makes a network with as many classes as the weights have."""
-  last = list(state.values())[-1]
-  classes = len(last)
+  options = {'num_classes': len(list(state.values())[-1])}
   if source == 'torchvision':
-    models = importlib.import_module('torchvision.models')
-    options: dict[str, Any] = {}
     if model in ('googlenet', 'inception_v3'):
       # As torchvision does for the weights that it publishes.
-      options = {
+      options |= {
         'init_weights': False,
         'aux_logits': any('aux' in key.lower() for key in state),
         'transform_input': True,
       }
-    return models.get_model(model, weights=None, num_classes=classes, **options)
+    return models.get_model(model, weights=None, **options)
   if source == 'timm':
-    timm = importlib.import_module('timm')
-    return timm.create_model(model, pretrained=False, num_classes=classes)
-  provider = importlib.import_module('pytorchcv.model_provider')
-  return provider.get_model(model, pretrained=False, num_classes=classes)
+    return models.create_model(model, pretrained=False, **options)
+  return models.get_model(model, pretrained=False, **options)

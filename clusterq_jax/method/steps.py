@@ -57,7 +57,7 @@ class Steps:
 
   Attributes:
     networks: teacher, student and generator.
-    config: resolved configuration.
+    config: complete configuration.
     pool: layout of the pool.
     first_semantic_layer: index of the first BatchNorm with class terms.
     generator_optimizer: optimiser of the generator's parameters.

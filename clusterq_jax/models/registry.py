@@ -40,10 +40,6 @@ class Architecture:
   source: str = 'save the state dict of the network there with torch.save'
   rows: Rows | None = None
 
-  def resize(self, side: int) -> int:
-    """Returns the shorter side to resize to before a crop of `side` pixels."""
-    return round(side / self.crop)
-
 
 _IMAGENET = {
   'image_size': (224, 224),

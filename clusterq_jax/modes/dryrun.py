@@ -87,7 +87,7 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
   resolved = config_lib.resolve(config)
   pod = roofline.topology(resolved.dryrun.topology)
   target = Target(pod, resolved, session_lib.load_teacher(resolved))
-  s = resolved.schedule
+  s = target.steps.config.schedule
   print(
     f'{resolved.dryrun.topology}: {len(pod.devices)} devices '
     f'({pod.devices[0].device_kind}), batch {s.batch_size}. Per device:'

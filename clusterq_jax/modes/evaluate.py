@@ -31,6 +31,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """
   resolved = config_lib.resolve(config)
   teacher = session_lib.load_teacher(resolved)
+  resolved = session_lib.complete(resolved, teacher)
   images = session_lib.load_images(resolved, teacher)
   if images is None:
     raise InputError(

@@ -49,6 +49,7 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       'config.export.folder'
     )
   teacher = session_lib.load_teacher(resolved)
+  resolved = session_lib.complete(resolved, teacher)
   with workdir_lib.open_workdir(resolved, workdir) as run:
     written = write(resolved, student, teacher, run, target)
     return workdir_lib.merge_results(run, written)

@@ -17,6 +17,7 @@ from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.runtime import (
   bucket,
   checkpoint,
+  estimate,
   evaluation,
   forecast,
   loop,
@@ -56,7 +57,7 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   images = None
   if sharding.is_lead():
     images = session_lib.load_images(resolved, session.teacher)
-  with workdir_lib.open_workdir(resolved, workdir) as folder:
+  with workdir_lib.open_workdir(session.config, workdir) as folder:
     return _quantize(session, images, folder, began)
 
 
@@ -79,6 +80,8 @@ def _quantize(
   """
   checkpoints = checkpoint.Checkpoints(bucket.address(folder / 'checkpoints'))
   restored = checkpoints.restore(session.abstract_state(), say=print)
+  if restored is None:
+    estimate.announce(session, 0 if images is None else len(images.labels))
   state, wall_before = restored or (_first_state(session), 0.0)
 
   def save(step: int, state: TrainState) -> None:
@@ -136,8 +139,7 @@ def _save_student(
   student_lib.save(
     path,
     {**state.student, 'batch_stats': batch_stats},
-    session.config.teacher.arch,
-    session.teacher.options,
+    session.teacher.graph,
     session_lib.bits_of(session.config),
     session.steps.networks.plan.learned,
     session.teacher.preprocessing,
@@ -148,9 +150,13 @@ def _save_student(
 def _facts(session: Session, on_synthetic: dict[str, Any]) -> dict[str, Any]:
   """Returns the results that need no real images."""
   params, plan = session.variables['params'], session.steps.networks.plan
+  teacher = session.teacher
+  unlike = forecast.unlike(
+    teacher.graph, teacher.preprocessing.image_size, teacher.num_classes
+  )
   return {
     'synthetic': on_synthetic,
-    'forecast': forecast.drop(on_synthetic['blended_divergence']),
+    'forecast': forecast.drop(on_synthetic['blended_divergence'], unlike),
     'bits': {
       **dataclasses.asdict(session_lib.bits_of(session.config)),
       'input': plan_lib.WIDE_BITS,

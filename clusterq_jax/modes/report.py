@@ -65,7 +65,7 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   session = Session(resolved)
   real = session_lib.load_images(resolved, session.teacher)
   shown = np.arange(min(session.teacher.num_classes, page.MOST_CLASSES))
-  with workdir_lib.open_workdir(resolved, workdir) as folder:
+  with workdir_lib.open_workdir(session.config, workdir) as folder:
     state = _newest_state(folder, session)
     images = {
       kind: page.Images(*found)

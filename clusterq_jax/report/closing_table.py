@@ -165,17 +165,19 @@ def _reported(results: dict[str, Any], workdir: str) -> _Rows:
   return rows
 
 
-def _forecast(drop: dict[str, float] | None) -> str:
+def _forecast(drop: dict[str, Any] | None) -> str:
   count = len(forecast.coefficients()['networks'])
   if drop is None:
     return (
       'none: the student is further from the teacher than any student of the '
       f'{count} networks in the fit'
     )
+  unlike = ', '.join(drop.get('unlike', ()))
   return (
     f'{drop["drop"]:.1f} points, {drop["low"]:.1f} to {drop["high"]:.1f} for 9 '
     f'of 10 networks like the {count} in the fit; an estimate, not a '
     'measurement'
+    + (f'. This network is unlike them: {unlike}' if unlike else '')
   )
 
 

@@ -19,7 +19,7 @@ from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
 from clusterq_jax.runtime import distributed
 
-_KEPT = 2
+KEPT = 2
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ class Checkpoints:
     with _one_line(f'{directory}: cannot be written'):
       self._checkpointer = ocp.training.Checkpointer(
         self._directory,
-        preservation_policy=ocp.training.preservation_policies.LatestN(_KEPT),
+        preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
         cleanup_tmp_directories=True,
       )
 

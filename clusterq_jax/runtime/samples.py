@@ -19,11 +19,13 @@ def grid(images: np.ndarray) -> np.ndarray:
   """Arranges images in a grid, with one white pixel between them.
 
   Args:
-    images: uint8 [rows, columns, H, W, C] with C = 1 or 3.
+    images: uint8 [rows, columns, H, W, C] with C = 1, 3 or 4; a fourth channel
+      is not shown.
 
   Returns:
     RGB picture, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
   """
+  images = images[..., :3]
   rows, columns, height, width = images.shape[:4]
   picture = np.full(
     (rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8
@@ -40,7 +42,7 @@ def save(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
 
   Args:
     folder: folder to write both files to.
-    images: uint8 [rows, columns, H, W, C] with C = 1 or 3.
+    images: uint8 [rows, columns, H, W, C] with C = 1, 3 or 4.
     labels: classes requested from the generator, int [rows * columns].
   """
   picture = Image.fromarray(grid(images))

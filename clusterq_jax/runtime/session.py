@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from clusterq_jax import config as config_lib
 from clusterq_jax import data, sharding
-from clusterq_jax.config import Config
+from clusterq_jax.config import Config, derive
 from clusterq_jax.deploy import fold
 from clusterq_jax.errors import InputError
 from clusterq_jax.method import optimizers
@@ -21,7 +22,6 @@ from clusterq_jax.method.phases import Phase
 from clusterq_jax.method.pool import PoolLayout
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.method.steps import Steps
-from clusterq_jax.models import registry
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.quant import quantizers
 from clusterq_jax.runtime.compiler import Compiler
@@ -42,11 +42,27 @@ def load_teacher(config: Config) -> Teacher:
     InputError: the weights cannot be read or do not fit the config.
   """
   section = dataclasses.asdict(config.teacher)
+  if not section['weights']:
+    raise InputError("config.teacher.weights='': expected a weights file")
   teacher = teacher_lib.load(path=section.pop('weights'), **section)
   if sharding.is_lead():
     for note in teacher.notes:
       print(note, file=sys.stderr)
   return teacher
+
+
+def complete(config: Config, teacher: Teacher) -> Config:
+  """Fills in the values that follow from the teacher.
+
+  Args:
+    config: resolved config.
+    teacher: teacher of the run.
+
+  Raises:
+    InputError: fields do not fit together.
+  """
+  size = teacher.preprocessing.image_size
+  return config_lib.complete(config, size, teacher.num_classes)
 
 
 def load_images(config: Config, teacher: Teacher) -> data.Images | None:
@@ -64,7 +80,7 @@ def load_images(config: Config, teacher: Teacher) -> data.Images | None:
   """
   shape, resize = teacher.preprocessing.shape, config.eval.resize
   if resize is None:
-    resize = registry.architecture(config.teacher.arch).resize(min(shape[:2]))
+    resize = teacher.resize
   return data.load(
     config.eval.source,
     config.eval.path,
@@ -116,7 +132,7 @@ def _networks(
 def _first_semantic_layer(config: Config, teacher: Teacher) -> int:
   layers, first = len(teacher.graph.batch_norms), config.centroids.first_layer
   if first is None:
-    return max(0, (layers + 1) // 2 - 2)
+    return derive.first_semantic_layer(layers)
   if not 0 <= first < layers:
     raise InputError(
       f'config.centroids.first_layer={first}: expected 0 to {layers - 1}'
@@ -137,9 +153,10 @@ def make_steps(
     devices: devices to run on; None means all devices.
 
   Raises:
-    InputError: `config.centroids.first_layer` names no layer, or the batch does
-      not divide among the devices.
+    InputError: `config.centroids.first_layer` names no layer, the batch does
+      not divide among the devices, or fields do not fit together.
   """
+  config = complete(config, teacher)
   s = config.schedule
   mesh = sharding.make_mesh(s.batch_size, devices)
   return Steps(
@@ -169,7 +186,7 @@ class Session:
           state, metrics = program(state, *session.step_arguments)
 
   Attributes:
-    config: resolved config.
+    config: complete config.
     teacher: teacher of the run.
     steps: training steps of the method.
     phases: phases with at least one step, in order.
@@ -193,11 +210,12 @@ class Session:
       InputError: the teacher cannot be loaded, or the batch does not divide
         among the devices.
     """
-    self.config = config
     self.teacher = load_teacher(config) if teacher is None else teacher
     self.steps = make_steps(config, self.teacher, devices)
-    self.phases = phases_lib.phases(config.schedule)
+    self.config = self.steps.config
+    self.phases = phases_lib.phases(self.config.schedule)
     self.compile = Compiler(self.mesh)
+    self._programs: dict[str, jax.stages.Compiled] = {}
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -222,6 +240,14 @@ class Session:
     return dict(zip(_STREAMS, made, strict=True))
 
   @property
+  def centroid_batches(self) -> int:
+    """Number of batches of images that initialise the centroids."""
+    images = (
+      self.config.centroids.images_per_class * self.steps.networks.num_classes
+    )
+    return -(-images // self.config.schedule.batch_size)
+
+  @property
   def step_arguments(self) -> tuple[Any, jax.Array]:
     """Arguments of a step after the state: teacher's variables and key."""
     return self.variables, self.keys['train']
@@ -230,20 +256,65 @@ class Session:
 
   def init(self) -> TrainState:
     """Returns the state before the first step."""
+    return self._init(self.keys['init'], self.variables)
+
+  @functools.cached_property
+  def _init(self) -> Callable[..., TrainState]:
     everywhere = sharding.replicated(self.mesh)
-    init = jax.jit(self.steps.init, out_shardings=everywhere)
-    return init(self.keys['init'], self.variables)
+    return jax.jit(self.steps.init, out_shardings=everywhere)
 
   def abstract_state(self) -> TrainState:
     """Returns the state as `jax.ShapeDtypeStruct` leaves with shardings."""
+    return self._abstract_state
+
+  @functools.cached_property
+  def _abstract_state(self) -> TrainState:
     return self.steps.abstract_state(self.keys['init'], self.variables)
 
   # -------------------------------------------------------- the phases
 
   def program(self, phase: Phase, state: TrainState) -> jax.stages.Compiled:
-    """Compiles a phase's step; the program takes (state, *step_arguments)."""
-    step = getattr(self.steps, phase.step)
-    return self.compile(step, state, *self.step_arguments, donate=True)
+    """Returns a phase's compiled step.
+
+    Args:
+      phase: phase of the run.
+      state: train state, or the result of `abstract_state`.
+
+    Returns:
+      The program, a function of (state, *step_arguments).
+    """
+    return self._program(phase.step, state)
+
+  def programs(
+    self, phases: Sequence[Phase]
+  ) -> Mapping[str, jax.stages.Compiled]:
+    """Compiles what phases need: steps and the transitions before them.
+
+    Args:
+      phases: some of the run's phases.
+
+    Returns:
+      The programs, by name of the method of `Steps`.
+    """
+    state = self.abstract_state()
+    names = [name for phase in phases for name in (*phase.on_enter, phase.step)]
+    return {name: self._program(name, state) for name in names}
+
+  def _program(self, name: str, state: TrainState) -> jax.stages.Compiled:
+    """Returns a method of `Steps` as a program, which is compiled once."""
+    if name not in self._programs:
+      function, args = getattr(self.steps, name), self._arguments(name)
+      self._programs[name] = self.compile(function, state, *args, donate=True)
+    return self._programs[name]
+
+  def _arguments(self, name: str) -> tuple[Any, jax.Array]:
+    """Returns the arguments after the state of a method of `Steps`."""
+    if name == 'initialize_centroids':
+      keys = jax.random.split(self.keys['centroids'], self.centroid_batches)
+      return self.variables, keys
+    if name == 'calibrate_student':
+      return self.variables, self.keys['calibration']
+    return self.step_arguments
 
   def enter(self, phase: Phase, state: TrainState) -> TrainState:
     """Applies the transitions that precede the first step of a phase."""
@@ -253,19 +324,13 @@ class Session:
 
   def initialize_centroids(self, state: TrainState) -> TrainState:
     """Initialises the centroids from images of the warmed-up generator."""
-    classes = self.steps.networks.num_classes
-    images = self.config.centroids.images_per_class * classes
-    batches = -(-images // self.config.schedule.batch_size)
-    keys = jax.random.split(self.keys['centroids'], batches)
-    args = state, self.variables, keys
-    return self.compile(self.steps.initialize_centroids, *args, donate=True)(
-      *args
-    )
+    name = 'initialize_centroids'
+    return self._program(name, state)(state, *self._arguments(name))
 
   def calibrate_student(self, state: TrainState) -> TrainState:
     """Initialises the student from calibration images."""
-    args = state, self.variables, self.keys['calibration']
-    return self.compile(self.steps.calibrate_student, *args, donate=True)(*args)
+    name = 'calibrate_student'
+    return self._program(name, state)(state, *self._arguments(name))
 
   # ------------------------------------------------------- the student
 

@@ -7,6 +7,7 @@ matching             compares tensors with those that an architecture needs
 choosing             chooses the entry that fits
 checks               refuse what cannot be used
 fitting              loads weights, with the modules above
+graph_weights        writes and reads files that carry their graph
 teacher              adds the network and the expected input
 """
 
@@ -15,13 +16,14 @@ from clusterq_jax.weights.files import (
   unflatten,
   write_safetensors,
 )
-from clusterq_jax.weights.fitting import FORMAT, Loaded, load
+from clusterq_jax.weights.fitting import load
+from clusterq_jax.weights.graph_weights import Loaded, save
 
 __all__ = [
-  'FORMAT',
   'Loaded',
   'load',
   'read_tensors',
+  'save',
   'unflatten',
   'write_safetensors',
 ]

@@ -10,7 +10,7 @@ from clusterq_jax.models import registry
 from clusterq_jax.weights.entries import join_names
 from clusterq_jax.weights.matching import Match
 
-_CHANNELS = (1, 3)
+_CHANNELS = (1, 3, 4)
 # The names in timm, pytorchcv, torchvision and PyPI `efficientnet-pytorch`.
 _SQUEEZE = re.compile(r'(^|\.)(_?se|_?se_\w+)\.|\.block\.\d+\.fc1\.')
 
@@ -92,14 +92,17 @@ def check_values(path: str, match: Match) -> None:
         )
 
 
-def check_supported(path: str, match: Match) -> None:
-  """Refuses unsupported numbers of input channels and classes."""
-  if match.in_channels not in _CHANNELS:
+def check_channels(path: str, channels: int | None) -> None:
+  """Refuses unsupported numbers of input channels."""
+  if channels not in _CHANNELS:
     raise InputError(
-      f'{path}: the weights take {match.in_channels} input channels; expected '
-      '1 (grey images) or 3 (colour images)'
+      f'{path}: the weights take {channels} input channels; expected 1 (grey '
+      'images), 3 (colour images) or 4'
     )
-  classes = match.options['num_classes']
+
+
+def check_classes(path: str, classes: int | None) -> None:
+  """Refuses a classifier with fewer than two classes."""
   if classes is None or classes < 2:
     raise InputError(
       f'{path}: the classifier has {classes} class; expected 2 or more'

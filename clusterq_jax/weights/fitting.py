@@ -5,39 +5,25 @@ Whatever is missing, left over or of another shape is reported in one line.
 
 import dataclasses
 import os
-from typing import Any
 
 import numpy as np
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import registry
-from clusterq_jax.weights import checks, choosing, files, layouts
+from clusterq_jax.models.graph import trace
+from clusterq_jax.weights import (
+  checks,
+  choosing,
+  files,
+  graph_weights,
+  layouts,
+)
 from clusterq_jax.weights.entries import join_names
+from clusterq_jax.weights.graph_weights import Loaded
 from clusterq_jax.weights.matching import match
 
+# Format of files without a graph, which earlier versions wrote.
 FORMAT = 'clusterq-jax teacher 1'
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A teacher's weights and the information in their file.
-
-  Attributes:
-    variables: {'params', 'batch_stats'} -> layer -> leaf, float32; kernels
-      [kh, kw, cin/groups, cout] or [cin, cout], the other leaves [cout].
-    options: 'in_channels' and fields of the architecture, 'num_classes' first.
-    metadata: strings in the file's header.
-    layout: name of the source's layout.
-    report: one paragraph for the log.
-    notes: warnings that the user should read before relying on the weights.
-  """
-
-  variables: dict[str, dict[str, dict[str, np.ndarray]]]
-  options: dict[str, Any]
-  metadata: dict[str, str]
-  layout: str
-  report: str
-  notes: tuple[str, ...] = ()
 
 
 def load(path: str | os.PathLike[str], arch: str, entry: str = '') -> Loaded:
@@ -45,7 +31,8 @@ def load(path: str | os.PathLike[str], arch: str, entry: str = '') -> Loaded:
 
   Args:
     path: a file that `files.read_entries` takes.
-    arch: a name from `models.registry`.
+    arch: a name from `models.registry`; files with a graph ignore it, and ''
+      takes only those.
     entry: name of the dictionary in the file to read, such as 'model_ema'; ''
       for the one that fits.
 
@@ -55,8 +42,16 @@ def load(path: str | os.PathLike[str], arch: str, entry: str = '') -> Loaded:
       negative variance, or an unsupported number of channels or classes.
   """
   path = os.fspath(path)
-  layouts.known(arch)  # refuses an unknown architecture before any reading
+  if arch:
+    layouts.known(arch)  # refuses an unknown one before any reading
   entries, metadata = files.read_entries(path)
+  if 'graph' in metadata:
+    return graph_weights.load(path, entries[0].read(), metadata)
+  if not arch:
+    raise InputError(
+      f'{path}: carries no graph of its network: convert it first, see '
+      'docs/networks.md, or set config.teacher.arch'
+    )
   chosen, others = choosing.choose(path, arch, entries, metadata, entry)
   try:
     loaded = _load(path, arch, chosen, metadata)
@@ -103,7 +98,8 @@ def _load(
     checks.check_order(path, found)
   checks.check_fit(path, found)
   checks.check_values(path, found)
-  checks.check_supported(path, found)
+  checks.check_channels(path, found.in_channels)
+  checks.check_classes(path, found.options['num_classes'])
   params: dict[str, dict[str, np.ndarray]] = {}
   statistics: dict[str, dict[str, np.ndarray]] = {}
   variables = {'params': params, 'batch_stats': statistics}
@@ -112,16 +108,30 @@ def _load(
       value = layout.to_flax(found.tensors[layout.key(layer, leaf)])
       group = variables[layouts.COLLECTIONS[leaf]]
       group.setdefault(layer.name, {})[leaf] = value
-  options = {'in_channels': found.in_channels, **found.options}
-  details = ', '.join(f'{name}={value}' for name, value in options.items())
+  assert found.in_channels is not None
+  details = ', '.join(
+    f'{name}={value}'
+    for name, value in {
+      'in_channels': found.in_channels,
+      **found.options,
+    }.items()
+  )
   report = (
     f'{path}: {arch} in the {layout.name} layout, {details}; '
     f'{sum(v.size for p in params.values() for v in p.values()):,} parameters, '
     f'{len(statistics)} BatchNorm layers with '
     f'{sum(s["mean"].size for s in statistics.values()):,} channels.'
   )
-  notes = checks.untrained(path, statistics)
-  return Loaded(variables, options, metadata, layout.name, report, notes)
+  return Loaded(
+    trace(registry.builder(arch, **found.options)),
+    variables,
+    found.in_channels,
+    found.options['num_classes'],
+    metadata,
+    layout.name,
+    report,
+    checks.untrained(path, statistics),
+  )
 
 
 def _check_metadata(path: str, metadata: dict[str, str], arch: str) -> None:

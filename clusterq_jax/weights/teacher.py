@@ -6,15 +6,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
-import jax
-import numpy as np
-
 from clusterq_jax import weights as weights_lib
 from clusterq_jax.data.assets import ASSETS
 from clusterq_jax.errors import InputError
-from clusterq_jax.layers import float_layers
 from clusterq_jax.models import network, registry
-from clusterq_jax.models.graph import Graph, trace
+from clusterq_jax.models.graph import Graph
 from clusterq_jax.models.preprocessing import Preprocessing
 
 _ORDERS = ('rgb', 'bgr', 'grey')
@@ -33,7 +29,8 @@ class Teacher:
     variables: {'params', 'batch_stats'} -> layer -> leaf, float32.
     preprocessing: the input that the weights expect.
     num_classes: K, read off the classifier.
-    options: fields of the architecture, read off the weights.
+    crop: side of the centre crop in evaluation, as a fraction of the resized
+      image's shorter side.
     class_names: K names, or ().
     notes: warnings that the user should read before relying on the weights.
   """
@@ -43,9 +40,14 @@ class Teacher:
   variables: dict[str, Any]
   preprocessing: Preprocessing
   num_classes: int
-  options: dict[str, Any]
+  crop: float
   class_names: tuple[str, ...]
   notes: tuple[str, ...]
+
+  @property
+  def resize(self) -> int:
+    """Returns the shorter side to resize to before the centre crop."""
+    return round(min(self.preprocessing.image_size) / self.crop)
 
 
 def load(
@@ -71,30 +73,46 @@ def load(
   """
   file = EMBEDDED_FILE if path == EMBEDDED else pathlib.Path(path)
   if not file.exists():
-    source = registry.architecture(arch).source
-    raise InputError(f'teacher.weights: no file {path}; {source}')
+    advice = '; ' + registry.architecture(arch).source if arch else ''
+    raise InputError(f'teacher.weights: no file {path}{advice}')
   loaded = weights_lib.load(str(file), arch, entry)
-  options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
-  classes = int(loaded.options['num_classes'])
+  classes = loaded.num_classes
   if num_classes is not None and num_classes != classes:
     raise InputError(
       f'{path}: the classifier has {classes} classes; '
       f'config.teacher.num_classes={num_classes}'
     )
-  graph = trace(registry.builder(arch, **options))
-  build = network.builder(graph)
   expected = _preprocessing(path, arch, loaded, preprocessing)
-  _check_image_size(build, graph, loaded.variables, expected)
+  _check_image_size(loaded, expected)
   return Teacher(
-    build=build,
-    graph=graph,
+    build=network.builder(loaded.graph),
+    graph=loaded.graph,
     variables=loaded.variables,
     preprocessing=expected,
     num_classes=classes,
-    options=options,
+    crop=_crop(path, arch, loaded),
     class_names=_class_names(path, loaded),
     notes=loaded.notes,
   )
+
+
+def _usual(
+  arch: str, loaded: weights_lib.Loaded
+) -> registry.Architecture | None:
+  """Returns the named architecture of weights, or None."""
+  arch = loaded.metadata.get('arch', arch)
+  return registry.architecture(arch) if arch in registry.names() else None
+
+
+def _crop(path: str, arch: str, loaded: weights_lib.Loaded) -> float:
+  """Returns the crop in the file's metadata, or the architecture's."""
+  if 'crop' not in loaded.metadata:
+    usual = _usual(arch, loaded)
+    return usual.crop if usual else 1.0
+  found = _json(path, 'crop', loaded.metadata['crop'])
+  if not _are_numbers([found]) or not 0.1 <= found <= 1:
+    raise InputError(f'{path}: crop={found!r}: expected a share from 0.1 to 1')
+  return float(found)
 
 
 class ExpectedInput(NamedTuple):
@@ -134,7 +152,10 @@ def expected_input(
   values: dict[str, Any] = {}
   origins: dict[str, str] = {}
   assumed = []
-  usual = registry.architecture(arch).preprocessing
+  architecture = _usual(arch, loaded)
+  usual = dict(architecture.preprocessing) if architecture else {}
+  if loaded.graph.image_shape is not None:
+    usual['image_size'] = loaded.graph.image_shape[:2]
   for name in (field.name for field in dataclasses.fields(Preprocessing)):
     origins[name] = f'{path}: {name}'
     if given.get(name) is not None:
@@ -146,7 +167,7 @@ def expected_input(
     elif name in usual:
       values[name] = usual[name]
       assumed.append(name)
-  check_input(values, origins, int(loaded.options['in_channels']))
+  check_input(values, origins, loaded.in_channels)
   return ExpectedInput(values, assumed)
 
 
@@ -215,25 +236,27 @@ def _preprocessing(
 
 
 def _check_image_size(
-  build: registry.Builder,
-  graph: Graph,
-  variables: Mapping[str, Any],
-  preprocessing: Preprocessing,
+  loaded: weights_lib.Loaded, preprocessing: Preprocessing
 ) -> None:
-  """Refuses an image size that changes the input of the classifier."""
-  whole = build(float_layers.layer_set())
-  images = jax.ShapeDtypeStruct((1, *preprocessing.shape), np.float32)
-  last = graph.weighted[-1]
-  found = len(variables['params'][last]['kernel'])
+  """Refuses an image size that the network does not take."""
+  graph, frozen = loaded.graph, loaded.graph.image_shape
+  size = preprocessing.image_size
+  if frozen is not None and frozen[:2] != size:
+    raise InputError(
+      f'teacher.image_size={size}: the network was exported for {frozen[:2]}; '
+      'export it again at another size'
+    )
+  last = graph.nodes[-1].name
+  found = len(loaded.variables['params'][last]['kernel'])
   try:
-    shapes = jax.eval_shape(whole.init, jax.random.key(0), images)
-    given = shapes['params'][last]['kernel'].shape[0]
-  except ZeroDivisionError:  # in an initialiser, because no window fits
+    shapes = graph.variable_shapes(preprocessing.shape)
+    given = shapes['params'][last]['kernel'][0]
+  except ValueError:  # no window fits
     given = 0
   if found != given:
     raise InputError(
-      f'teacher.image_size={preprocessing.image_size}: gives {last} {given} '
-      f'features; its weights take {found}'
+      f'teacher.image_size={size}: gives {last} {given} features; its weights '
+      f'take {found}'
     )
 
 
@@ -242,10 +265,10 @@ def _class_names(path: str, loaded: weights_lib.Loaded) -> tuple[str, ...]:
   found = _json(path, 'class_names', loaded.metadata.get('class_names', '[]'))
   if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
     raise InputError(f'{path}: class_names={found!r}: expected a list of names')
-  if found and len(found) != loaded.options['num_classes']:
+  if found and len(found) != loaded.num_classes:
     raise InputError(
       f'{path}: class_names has {len(found)} names; the classifier has '
-      f'{loaded.options["num_classes"]} classes'
+      f'{loaded.num_classes} classes'
     )
   return tuple(found)
 

@@ -169,7 +169,7 @@ def _tiny(kind='conv', order='rgb', channels=3):
       channel_order=order,
     ),
     num_classes=5,
-    options={},
+    crop=1.0,
     class_names=(),
     notes=(),
   )
@@ -412,10 +412,10 @@ def test_wide_sums_are_exact():
   expected += bias
   assert expected.max() > 2**24
 
-  def sums(wide):
+  def sums(parts):
     layer = folded.layers[name]
     assert layer.sources[0].zero == 0
-    weights = layer.weights._replace(codes=codes, bias=bias, wide=wide)
+    weights = layer.weights._replace(codes=codes, bias=bias, parts=parts)
 
     def convolve(x, kernel):
       return jax.lax.conv_general_dilated(
@@ -430,8 +430,9 @@ def test_wide_sums_are_exact():
     layer = dataclasses.replace(layer, weights=weights)
     return integer.weighted_sums(layer, jnp.asarray(x), convolve)
 
-  np.testing.assert_array_equal(sums(True), expected)
-  assert np.any(sums(False) != expected)
+  for parts in (2, 4, 8):
+    np.testing.assert_array_equal(sums(parts), expected)
+  assert np.any(sums(1) != expected)
 
 
 def test_relu6_ends_the_codes():
@@ -452,7 +453,7 @@ def test_relu6_ends_the_codes():
 
 def _wide(network):
   layers = network.integer().layers
-  return [n for n, a in layers.items() if a.weights and a.weights.wide]
+  return [n for n, a in layers.items() if a.weights and a.weights.parts > 1]
 
 
 @pytest.mark.slow

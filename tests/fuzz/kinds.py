@@ -91,6 +91,25 @@ def _student(random: Random, seeds: Seeds, folder) -> None:
   jax.eval_shape(student.logits, images)
 
 
+def _program(release: str, random: Random, seeds: Seeds, folder) -> None:
+  ways = (
+    damage,
+    weight_files.lying_sizes,
+    functools.partial(weight_files.rezip, change=weight_files.program),
+    functools.partial(weight_files.reprogram, change=weight_files.program),
+  )
+  file = folder / 'a.pt2'
+  # Most of a program is its calls.
+  way = ways[min(int(random.integers(8)), 3)]
+  file.write_bytes(way(random, seeds.programs[release]))
+  convert.import_network(
+    str(file),
+    str(folder / 'new.safetensors'),
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+  )
+
+
 def _evaluate(images: data.Images) -> None:
   """As a run does, with a network that is a function of numpy."""
   networks = {
@@ -262,6 +281,8 @@ KINDS: dict[str, Callable[[Random, Seeds, pathlib.Path], None]] = {
   'weights .pth, zip': functools.partial(_pth, True),
   'weights .pth, pickle': functools.partial(_pth, False),
   'student.safetensors': _student,
+  'program .pt2': functools.partial(_program, '2.13'),
+  'program .pt2, pickled': functools.partial(_program, '2.7'),
   'images .npz': _images_npz,
   'images .png': functools.partial(_folder, 'PNG'),
   'images .jpeg': functools.partial(_folder, 'JPEG'),

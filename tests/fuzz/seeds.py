@@ -23,6 +23,7 @@ except ImportError:
   torch = None
 
 ARCH, SIDE, CLASSES = 'resnet8', 8, 4
+_PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / 'golden' / 'programs'
 _CONFIG = """
 from clusterq_jax import config as config_lib
 
@@ -51,7 +52,7 @@ class Seeds:
     random = np.random.default_rng(0)
     self.teacher = folder / 'teacher.safetensors'
     metadata = {
-      'format': weights.FORMAT,
+      'format': 'clusterq-jax teacher 1',
       'arch': ARCH,
       'image_size': f'[{SIDE}, {SIDE}]',
       'mean': '[0.5, 0.45, 0.4]',
@@ -86,6 +87,10 @@ class Seeds:
     pixels = random.integers(0, 256, (6, SIDE, SIDE, 3), np.uint8)
     labels = np.arange(6) % CLASSES
     self.images = _saved(np.savez_compressed, images=pixels, labels=labels)
+    self.programs = {
+      release: (_PROGRAMS / f'release_{release}.pt2').read_bytes()
+      for release in ('2.7', '2.13')
+    }
     if torch is not None:
       self.torch_state = {k: torch.tensor(v) for k, v in self.state.items()}
       self.pth = {
@@ -104,8 +109,7 @@ class Seeds:
     student_lib.save(
       path,
       {**student, 'batch_stats': self.loaded.variables['batch_stats']},
-      ARCH,
-      self.loaded.options,
+      self.loaded.graph,
       session_lib.bits_of(self.resolved),
       steps.networks.plan.learned,
       self.loaded.preprocessing,

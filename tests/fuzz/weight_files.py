@@ -124,6 +124,61 @@ def rezip(random: Random, raw: bytes, change: Callable) -> bytes:
   return out.getvalue()
 
 
+def program(random: Random, raw: bytes) -> bytes:
+  """Changes one to three places of JSON, a pickle, or plain bytes."""
+  if raw.startswith(b'PK'):
+    return rezip(random, raw, pickled)
+  try:
+    whole = json.loads(raw)
+  except ValueError:
+    return mutations.damage(random, raw)
+  for _ in range(random.integers(1, 4)):
+    whole = _change_program(random, whole)
+  return json.dumps(whole).encode('utf-8', 'replace')
+
+
+def _change_program(random: Random, whole: Any) -> Any:
+  """Changes one call, or anything."""
+  try:
+    nodes = whole['graph_module']['graph']['nodes']
+  except (KeyError, TypeError):
+    return mutations.change_json(random, whole)
+  if not isinstance(nodes, list) or not nodes or not random.integers(3):
+    return mutations.change_json(random, whole)
+  index = int(random.integers(len(nodes)))
+  other = pick(random, nodes)
+  changed = [
+    lambda node: mutations.change_json(random, node),
+    lambda node: {**node, 'target': other['target']},
+    lambda node: {**node, 'inputs': other['inputs']},
+    lambda node: {**node, 'outputs': other['outputs']},
+    lambda node: {
+      **node,
+      'inputs': mutations.change_json(random, node['inputs']),
+    },
+  ]
+  try:
+    nodes[index] = pick(random, changed)(nodes[index])
+  except (KeyError, TypeError):
+    pass  # an earlier change took what it needs
+  return whole
+
+
+def reprogram(random: Random, raw: bytes, change: Callable) -> bytes:
+  """Changes the program in a .pt2 file, and nothing else."""
+  out = io.BytesIO()
+  with (
+    zipfile.ZipFile(io.BytesIO(raw)) as old,
+    zipfile.ZipFile(out, 'w') as new,
+  ):
+    for name in old.namelist():
+      contents = old.read(name)
+      if name.endswith(('model.json', 'exported_program.json')):
+        contents = change(random, contents)
+      new.writestr(name, contents)
+  return out.getvalue()
+
+
 def _add_bomb(archive: zipfile.ZipFile, name: str, head: bytes) -> None:
   """Adds a member that is a thousand times larger than what it takes."""
   info = zipfile.ZipInfo(name)

@@ -116,6 +116,8 @@ _MIDDLES = {
     lambda x: x * functional.hardtanh(x + 3, 0, 6) / 6,
     'hard_swish',
   ),
+  'clip': (nn.Hardtanh(-0.5, 1), 'conv'),
+  'x / 6 + 0.5, clipped': (lambda x: (x / 6 + 0.5).clamp(0, 1), 'hard_sigmoid'),
   'clamp': (lambda x: torch.sigmoid(x.clamp(0, 6)), 'sigmoid'),
   'silu': (functional.silu, 'sigmoid mul'),
   'leaky_relu': (lambda x: functional.leaky_relu(x, 0.2), 'leaky_relu'),
@@ -260,7 +262,7 @@ def test_names_do_not_clash_with_attributes_of_modules():
     (nn.ReflectionPad2d(1), ('pad', 'only zeros')),
     (lambda x: x * x.mean(1, keepdim=True), ('mean', 'height and width')),
     (nn.Conv2d(8, 8, 3, stride=(1, 2)), ('stride differs', 'equal')),
-    (nn.Hardtanh(-1, 1), ('clips', 'relu6')),
+    (lambda x: x.clamp(max=3), ('clips', 'two numbers')),
     (
       lambda x: functional.pixel_shuffle(x, 2).repeat(1, 4, 1, 1),
       ('pixel_shuffle', 'no layer computes it'),

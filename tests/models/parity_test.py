@@ -1,6 +1,5 @@
 """Every architecture and layout gives torch's logits."""
 
-import functools
 import importlib.util
 import pathlib
 
@@ -11,7 +10,7 @@ import safetensors.numpy
 
 from clusterq_jax import weights
 from clusterq_jax.layers import float_layers
-from clusterq_jax.models import registry
+from clusterq_jax.models.network import Network
 
 _MAKE = pathlib.Path(__file__).resolve().parents[1] / 'golden' / 'make.py'
 _SPEC = importlib.util.spec_from_file_location('golden', _MAKE)
@@ -28,9 +27,7 @@ def _logits(path, name, tensors):
   arch, _ = golden.CASES[name]
   safetensors.numpy.save_file(tensors, path)
   loaded = weights.load(path, arch)
-  options = {k: v for k, v in loaded.options.items() if k != 'in_channels'}
-  network = registry.builder(arch, **options)(float_layers.layer_set())
-  apply = jax.jit(functools.partial(network.apply))
+  apply = jax.jit(Network(float_layers.layer_set(), loaded.graph).apply)
   return np.asarray(apply(loaded.variables, golden.images(name))), loaded
 
 
@@ -49,7 +46,7 @@ def _check(ours, theirs):
 def test_golden(name, tmp_path):
   tensors, theirs = golden.read(name)
   ours, loaded = _logits(tmp_path / 'weights.safetensors', name, tensors)
-  assert loaded.options['num_classes'] == golden.CLASSES
+  assert loaded.num_classes == golden.CLASSES
   _check(ours, theirs)
 
 

@@ -6,6 +6,9 @@ import ml_collections
 import pytest
 
 from benchmarks import forecast as fitting
+from clusterq_jax.models import graph as graph_lib
+from clusterq_jax.models import registry
+from clusterq_jax.models.graph import trace
 from clusterq_jax.report import closing_table as report
 from clusterq_jax.runtime import forecast
 
@@ -50,6 +53,43 @@ def test_closing_table(coefficients, divergence, expected):
   (line,) = [x for x in table.splitlines() if 'forecast' in x]
   assert expected in line
   assert ' the 3 ' in line
+
+
+def _graph(arch):
+  return trace(registry.builder(arch, num_classes=10))
+
+
+@pytest.mark.parametrize(
+  ('arch', 'image_size', 'num_classes'),
+  [
+    ('resnet20', (28, 28), 10),
+    ('resnet20', (32, 32), 100),
+    ('efficientnet_lite0', (224, 224), 1000),
+    ('resnet18', (192, 256), 1000),
+  ],
+)
+def test_networks_like_those_of_the_fit(arch, image_size, num_classes):
+  assert not forecast.unlike(_graph(arch), image_size, num_classes)
+
+
+def test_a_network_unlike_those_of_the_fit(coefficients):
+  graph = _graph('resnet20')
+  first, *rest = graph.nodes
+  gate = graph_lib.Node('gate', 'mul', ('input', 'input'))
+  swish = graph_lib.Node('swish', 'act', ('gate',), act='hard_swish')
+  odd = graph_lib.Graph((first, gate, swish, *rest))
+  found = forecast.unlike(odd, (299, 299), 3)
+  assert found == ['hard_swish', 'mul', '299x299 pixels', '3 classes']
+  drop = forecast.drop(0.04, found)
+  assert drop == {'drop': 0.8, 'low': 0.35, 'high': 1.65, 'unlike': found}
+  assert forecast.drop(0.3, found) is None
+  config = ml_collections.ConfigDict({'eval': {'source': 'npz'}})
+  table = report.closing_table({'forecast': drop}, config, 'runs/mine')
+  assert 'unlike them: hard_swish, mul, 299x299 pixels, 3 classes' in table
+  table = report.closing_table(
+    {'forecast': forecast.drop(0.04)}, config, 'runs/mine'
+  )
+  assert 'unlike' not in table
 
 
 def _record(drop, divergence):

@@ -19,7 +19,7 @@ def test_own_format_round_trip(tmp_path, weights):
   loaded = fitting.load(weights, 'resnet20')
   assert loaded.layout == 'clusterq'
   assert loaded.metadata == metadata
-  assert loaded.options == source.options
+  assert loaded.graph == source.graph
   for collection, layers in source.variables.items():
     assert loaded.variables[collection].keys() == layers.keys()
     for name, leaves in layers.items():

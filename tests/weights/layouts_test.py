@@ -9,11 +9,8 @@ from tests.weights.states import akamaster, pytorchcv, save
 
 def _check_real_resnet20(loaded):
   params, stats = loaded.variables['params'], loaded.variables['batch_stats']
-  assert loaded.options == {
-    'in_channels': 3,
-    'num_classes': 10,
-    'shortcut': 'pad',
-  }
+  assert (loaded.in_channels, loaded.num_classes) == (3, 10)
+  assert loaded.graph.node('stage2_block1_shortcut').op == 'pad_shortcut'
   assert loaded.layout == 'akamaster'
   assert set(params) == set(stats) | {'classifier'}
   assert len(stats) == 19
@@ -100,12 +97,11 @@ def test_pytorchcv_holds_the_same_tensors(tmp_path, conv_shortcut):
     save(tmp_path / 'b.safetensors', pytorchcv(state)), 'resnet32'
   )
   assert (ours.layout, theirs.layout) == ('akamaster', 'pytorchcv')
-  assert ours.options == theirs.options
-  assert ours.options == {
-    'in_channels': 1,
-    'num_classes': 7,
-    'shortcut': 'conv' if conv_shortcut else 'pad',
-  }
+  assert ours.graph == theirs.graph
+  assert (ours.in_channels, ours.num_classes) == (1, 7)
+  assert ours.graph.node('stage2_block1_shortcut').op == (
+    'conv_bn' if conv_shortcut else 'pad_shortcut'
+  )
   for collection, layers in ours.variables.items():
     assert theirs.variables[collection].keys() == layers.keys()
     for name, leaves in layers.items():

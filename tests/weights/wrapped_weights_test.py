@@ -132,7 +132,7 @@ def test_what_fits_nowhere_is_described(tmp_path):
   ('changes', 'message'),
   [
     ({'in_channels': 2}, 'take 2 input channels'),
-    ({'in_channels': 4}, 'take 4 input channels'),
+    ({'in_channels': 5}, 'take 5 input channels'),
     ({'num_classes': 1}, 'classifier has 1 class'),
   ],
 )
