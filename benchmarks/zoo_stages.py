@@ -201,7 +201,8 @@ def run(
       for found in getattr(job, stage)():
         say(found | {'cpu_s': round(time.process_time(), 1)})
     except InputError as e:
-      say({'reason': str(e), 'refused': True})
+      reason = str(e).removeprefix(f'{job.program}: ')
+      say({'reason': reason, 'refused': True})
       return
     except Exception as e:
       say({'reason': ' '.join(f'{type(e).__name__}: {e}'.split())[:300]})
