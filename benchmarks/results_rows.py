@@ -1,11 +1,13 @@
 """Rows of the tables that join, group or compute from records."""
 
 import statistics
+from collections import Counter
 from typing import Any
 
 from benchmarks import ablation as ablation_lib
 from benchmarks import forecast as forecast_lib
 from benchmarks import records
+from benchmarks import zoo as zoo_lib
 from benchmarks.records import Record
 from benchmarks.results_tables import BITS, NETWORKS, count, pivot
 
@@ -198,3 +200,61 @@ def forecast_error(field: str, least: float) -> float:
     if row['drop'] >= least
   ]
   return max(max(r, 1 / r) for r in ratios)
+
+
+def zoo() -> list[Record]:
+  """Makes a row for each source of foreign networks, and one for all."""
+  found = records.read('zoo')
+  rows = []
+  for source in (*dict.fromkeys(r['name'].split(':')[0] for r in found), ''):
+    some = [r for r in found if r['name'].startswith(source)]
+    counts = Counter(map(zoo_lib.outcome, some))
+    exported = [r for r in some if 'exact' in r]
+    timed = [r for r in some if 'speedup' in r]
+    rows.append(
+      {
+        'source': source or 'all',
+        'tried': len(some),
+        'parity': sum(r.get('parity', 1) <= zoo_lib.PARITY for r in some),
+        'refused': counts['refused'],
+        'student': sum('student_error' in r for r in some),
+        'exported': len(exported),
+        'exact': counts['exact'],
+        'difference': max((r['difference'] for r in exported), default=None),
+        'size_ratio': _range(
+          [r['float32_kb'] / r['integer_kb'] for r in exported]
+        ),
+        'speedup': _range([r['speedup'] for r in timed]),
+        'records': some,
+      }
+    )
+  return rows
+
+
+def _range(values: list[float]) -> list[float] | None:
+  """Returns median, smallest and largest value."""
+  return (
+    [statistics.median(values), min(values), max(values)] if values else None
+  )
+
+
+def zoo_outcomes() -> list[Record]:
+  """Makes a row for each outcome, with the names of its networks."""
+  found = records.read('zoo')
+  names: dict[str, list[str]] = {}
+  for record in found:
+    names.setdefault(zoo_lib.outcome(record), []).append(record['name'])
+  return [
+    {'outcome': outcome, 'count': len(own), 'names': ', '.join(own)}
+    for outcome, own in sorted(names.items(), key=lambda x: -len(x[1]))
+    if outcome != 'refused'
+  ]
+
+
+def zoo_reasons() -> list[Record]:
+  """Makes a row for each network that stopped before its last stage."""
+  return [
+    r | {'outcome': zoo_lib.outcome(r), 'reason': r['reason'].replace('|', '/')}
+    for r in records.read('zoo')
+    if r.get('reason')
+  ]
