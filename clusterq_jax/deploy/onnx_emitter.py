@@ -87,8 +87,10 @@ class Emitter:
     return name
 
   def node(self, op: str, inputs: list[str], output: str, **attributes) -> str:
-    """Adds a node and returns the name of its output."""
-    self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+    """Adds a node, named like its output, and returns that name."""
+    self.nodes.append(
+      helper.make_node(op, inputs, [output], name=output, **attributes)
+    )
     return output
 
   def output(self, name: str) -> str:
