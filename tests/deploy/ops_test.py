@@ -19,7 +19,7 @@ from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import network as network_lib
 from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
-from clusterq_jax.quant import numerics
+from clusterq_jax.quant import numerics, quantizers
 from clusterq_jax.quant import plan as plan_lib
 
 onnx = pytest.importorskip('onnx')
@@ -221,6 +221,7 @@ def _variables(graph: Graph) -> Any:
 
 def _quant(plan, params, outputs) -> Any:
   """Returns steps and zero points from the outputs of the float network."""
+  random = np.random.RandomState(0)
   quant: dict[str, dict[str, np.ndarray]] = {}
   for name, output in plan.outputs:
     if output.step is None:
@@ -230,8 +231,9 @@ def _quant(plan, params, outputs) -> Any:
         step = (high - min(low, 0)) / (2**output.bits - 1)
         zero = np.float32(np.rint(-min(low, 0) / step))
         quant.setdefault(name, {})['zero_point'] = zero
-      # Some values are clipped.
-      quant.setdefault(name, {})['output'] = np.log(np.float32(step * 0.9))
+      # Some values are clipped, and no two steps are equal.
+      step *= random.uniform(0.8, 1)
+      quant.setdefault(name, {})['output'] = np.log(np.float32(step))
   for name, bits in plan.weights if plan.learned else ():
     kernel = params[name]['kernel']
     largest = np.abs(kernel).max(tuple(range(kernel.ndim - 1)))
@@ -311,7 +313,9 @@ def case(source, tmp_path_factory):
     plan = plan_lib.make_plan(graph, chosen, learned, _PREPROCESSING.limit)
     quant = _quant(plan, variables['params'], outputs)
     student = {**variables, 'quant': quant}
+    student['params'] = quantizers.settle(plan, student)
     folded = fold.fold(graph, plan, student, _PREPROCESSING)
+    student['params'] = fold.round_biases(folded, student)
     images = _images(1, 64)
     ours = jax.device_get(jax.jit(folded.outputs)(images))
     apply = network_lib.builder(graph)(fake_quant.layer_set(plan)).apply
