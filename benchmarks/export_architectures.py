@@ -91,7 +91,7 @@ def check(arch: str, bits: int, count: int) -> bool:
       theirs = bit_exactness.in_batches(run, images, 16)
       exact.append(int(np.all(theirs == logits, -1).sum()))
   different = len(np.unique(logits, axis=0))
-  wanted = len(graph.batch_norms)
+  wanted = len(graph.weighted) - 1  # without the classifier
   print(
     f'{arch} {prep.image_size[0]} pixels, W{bits}A{bits}: logits equal on '
     f'{" and ".join(map(str, exact))} of {count} images ({different} different '

@@ -299,15 +299,17 @@ def _avg_pool(layer: Layer, x: jax.Array) -> jax.Array:
     sums = _windows(layer, centred, np.int32(0), lax.add)
     return _to_grid(grid, sums.astype(jnp.float32) * layer.multiplier)
   assert grid is not None
-  # A table, because a product might become a fused multiply-add.
+  # A table, because a product might become a fused multiply-add. Barriers keep
+  # XLA from joining divisions or multiplying by reciprocals.
   real = jnp.asarray(source.values())[x]
   sums = _windows(layer, real, np.float32(0), lax.add)
   ones = jnp.ones((1, *x.shape[1:3], 1), jnp.float32)
-  # Without barriers, XLA would multiply by the reciprocals of constants.
-  counts, step = lax.optimization_barrier(
-    (_windows(layer, ones, np.float32(0), lax.add), jnp.asarray(grid.step))
-  )
-  return _to_grid(grid, sums / counts / step)
+  counts = _windows(layer, ones, np.float32(0), lax.add)
+  means = lax.optimization_barrier(sums / lax.optimization_barrier(counts))
+  step = lax.optimization_barrier(jnp.asarray(grid.step))
+  # ONNX Runtime adds the zero point before it rounds.
+  codes = jnp.round(means / step + grid.zero)
+  return jnp.clip(codes, grid.low, grid.high).astype(jnp.uint8)
 
 
 def _global_avg_pool(layer: Layer, x: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ class Emitter:
     self.shapes = graph.shapes(preprocessing.shape)
     self.nodes: list[onnx.NodeProto] = []
     self.constants: list[onnx.TensorProto] = []
+    self._shared: set[str] = set()
 
   def read(self, node: Node, i: int = 0, tensor: str | None = None) -> str:
     """Returns input i as real numbers; `tensor` replaces it, if reshaped."""
@@ -82,13 +83,15 @@ class Emitter:
     """Returns the name of a constant; equal values share one constant."""
     array = np.asarray(value)
     name = f'{array.dtype}/{array}'
-    if all(constant.name != name for constant in self.constants):
-      self.constant(name, array)
+    if name not in self._shared:
+      self._shared.add(self.constant(name, array))
     return name
 
   def node(self, op: str, inputs: list[str], output: str, **attributes) -> str:
-    """Adds a node and returns the name of its output."""
-    self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+    """Adds a node, named like its output, and returns that name."""
+    self.nodes.append(
+      helper.make_node(op, inputs, [output], name=output, **attributes)
+    )
     return output
 
   def output(self, name: str) -> str:
