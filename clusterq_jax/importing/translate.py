@@ -52,7 +52,7 @@ def _conv(t: Translator) -> Feature:
   out, per_group, kh, kw = weight.shape
   if groups < 1 or per_group * groups != c or out % groups or not weight.size:
     t.refuse(f'its weight {list(weight.shape)} does not fit {c} channels')
-  padding = t.operand('padding', 0)
+  padding = t.plain('padding', 0)
   if padding in ('same', 'valid'):
     spans = [dilation * (k - 1) * (padding == 'same') for k in (kh, kw)]
     pads = [(n // 2, n - n // 2) for n in spans]
@@ -136,7 +136,7 @@ def _batch_norm(t: Translator) -> Feature:
       'this BatchNorm keeps no statistics (track_running_stats=False); the '
       'method needs them: train it with statistics'
     )
-  if t.operand('training', False):
+  if t.plain('training', False):
     t.refuse(refusals.TRAINING)
   if (var < 0).any():
     t.refuse('its running variance is negative')
@@ -189,7 +189,7 @@ def _silu(t: Translator) -> Feature:
 
 @_handles('gelu')
 def _gelu(t: Translator) -> Feature:
-  tanh = t.operand('approximate', 'none') == 'tanh'
+  tanh = t.plain('approximate', 'none') == 'tanh'
   return _act(t, 'gelu_tanh' if tanh else 'gelu')
 
 
@@ -222,7 +222,7 @@ def _prelu(t: Translator) -> Feature:
 def _clip(t: Translator) -> Feature:
   op = t.call.op.removesuffix('_')
   ends = ('min_val', 'max_val') if op == 'hardtanh' else ('min', 'max')
-  low, high = map(t.operand, ends)
+  low, high = map(t.plain, ends)
   if low == 0 and high is None:
     return _act(t, 'relu')
   if op == 'hardtanh':
@@ -322,7 +322,7 @@ def _product(t: Translator) -> Feature:
 @_handles('div')
 def _quotient(t: Translator) -> Feature:
   x, y = _operands(t)
-  if isinstance(y, Feature) or t.operand('rounding_mode') is not None:
+  if isinstance(y, Feature) or t.plain('rounding_mode') is not None:
     t.refuse('it divides by a tensor, or rounds; neither can be imported')
   with np.errstate(all='ignore'):
     return _affine(t, x, 1 / np.asarray(y, np.float64))
@@ -355,15 +355,15 @@ def _pool(t: Translator) -> Feature:
   pads, extra = [], False
   for size, k, s, p in zip(x.shape[1:], kernel, steps, margins, strict=True):
     after = p
-    if t.operand('ceil_mode', False):
+    if t.plain('ceil_mode', False):
       count = -(-(size + 2 * p - k) // s) + 1
       count -= (count - 1) * s >= size + p
       after = max(p, (count - 1) * s + k - size - p)
     pads.append((p, after))
     extra |= after > p
   is_max = t.call.op.startswith('max')
-  counted = not is_max and bool(t.operand('count_include_pad', True))
-  if not is_max and t.operand('divisor_override') is not None:
+  counted = not is_max and bool(t.plain('count_include_pad', True))
+  if not is_max and t.plain('divisor_override') is not None:
     t.refuse('its divisor_override cannot be imported')
   if counted and extra and any(margins):
     # The padding counts, what ceil_mode adds does not.
@@ -513,12 +513,12 @@ def _padded(t: Translator, x: Layer, pads, value: float = 0.0) -> Layer:
 def _pad(t: Translator) -> Feature:
   value, x = t.feature(), t.map()
   pads = t.integers('pad', (), None)
-  mode = t.operand('mode', 'constant')
+  mode = t.plain('mode', 'constant')
   if mode != 'constant':
     t.refuse(f'padding of mode {mode!r:.20}; only zeros can be imported')
   if len(pads) % 2 or len(pads) > 8 or len(value.shape) != 4:
     t.refuse(f'its pad is {pads}')
-  fill = t.operand('value')
+  fill = t.plain('value')
   fill = 0.0 if fill is None else fill
   # torch counts axes from the last.
   pairs = list(zip(pads[::2], pads[1::2], strict=True))
@@ -554,8 +554,10 @@ def _more_channels(t: Translator, x: Layer, before: int, after: int) -> Layer:
 @_handles('cat')
 def _cat(t: Translator) -> Feature:
   values = t.operand('tensors')
-  if not isinstance(values, list):
-    t.refuse('it takes no list')
+  if not isinstance(values, list) or not all(
+    isinstance(v, (Feature, np.ndarray)) for v in values
+  ):
+    t.refuse('it takes something else than a list of tensors')
   features = [v for v in values if isinstance(v, Feature)]
   rank = len(features[0].shape)
   if t.integer('dim', 0) not in (1, 1 - rank):
@@ -636,7 +638,7 @@ def _chunk(t: Translator) -> list[Feature]:
   if t.call.op == 'chunk':
     step = -(-size // max(t.integer('chunks', 1), 1))
     sizes = [step] * (size // step) + [size % step] * (size % step > 0)
-  elif isinstance(t.operand('split_size'), int):
+  elif isinstance(t.plain('split_size'), int):
     step = max(t.integer('split_size', 1), 1)
     sizes = [step] * (size // step) + [size % step] * (size % step > 0)
   else:
@@ -658,7 +660,7 @@ def _slice(t: Translator) -> Feature:
   value = t.feature()
   axis, step = _axis(t, value), t.integer('step', 1)
   size = value.shape[axis]
-  begin, end = t.operand('start'), t.operand('end')
+  begin, end = t.plain('start'), t.plain('end')
   for place in (begin, end, step):
     if place is not None and (type(place) is not int or abs(place) > 2**63):
       t.refuse(f'it takes {begin!r:.20} to {end!r:.20}')
@@ -805,7 +807,7 @@ def _expand(t: Translator) -> Feature:
 
 @_handles('dropout feature_dropout alpha_dropout feature_alpha_dropout')
 def _dropout(t: Translator) -> Feature:
-  if t.operand('train', False):
+  if t.plain('train', False):
     t.refuse(refusals.TRAINING)
   return t.feature()
 

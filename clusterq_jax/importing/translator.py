@@ -137,6 +137,13 @@ class Translator:
       return value
     self.refuse(f'its {name} is {value!r:.40}, expected a tensor')
 
+  def plain(self, name: str, default: Any = None) -> Any:
+    """Returns an operand that is no tensor."""
+    value = self.operand(name, default)
+    if isinstance(value, (Feature, np.ndarray)):
+      self.refuse(f'its {name} is a tensor')
+    return value
+
   def number(self, name: str, default: float) -> float:
     """Returns an operand that is a finite number."""
     value = self.operand(name, default)
@@ -157,7 +164,7 @@ class Translator:
     self, name: str, default: Sequence[int], count: int | None = 2
   ) -> list[int]:
     """Returns `count` whole numbers; one stands for all of them."""
-    value = self.operand(name, list(default))
+    value = self.plain(name, list(default))
     value = [value] if isinstance(value, int) else value
     if value == []:
       value = list(default)
