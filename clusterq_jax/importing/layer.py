@@ -16,7 +16,8 @@ class Layer:
   Attributes:
     op: an op of `models.graph`, or one that the passes remove: 'batch_norm',
       'affine' (x * factor + shift per channel), 'subsample' (every n-th row and
-      m-th column), 'pad_channels' (zeros before and after), 'output'.
+      m-th column), 'crop' (fewer rows and columns), 'pad_channels' (zeros
+      before and after), 'output'.
     inputs: the layers that it reads.
     shape: shape of its output.
     options: fields of its `graph.Node`, or of the op that a pass removes.

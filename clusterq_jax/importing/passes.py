@@ -408,6 +408,13 @@ def _final(layer: Layer, source: str) -> Layer:
         'kernel': (1, 1),
         'padding': _ONE,
       }
+  elif layer.op == 'crop':
+    (top, bottom), (left, right) = layer.options['margins']
+    kernel = np.zeros((1 + top + bottom, 1 + left + right, 1, channels))
+    kernel[top, left] = 1
+    layer.op = 'conv'
+    layer.arrays = {'kernel': kernel, 'bias': np.zeros(channels)}
+    layer.options = _depthwise(channels) | {'kernel': kernel.shape[:2]}
   elif layer.op == 'pad':
     value = layer.options.pop('value')
     if value != 0:

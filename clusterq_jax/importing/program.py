@@ -35,9 +35,9 @@ class Call:
 
   @property
   def op(self) -> str:
-    """Returns the operator without its namespace and overload."""
-    parts = self.target.split('.')
-    return parts[1] if len(parts) > 1 else self.target
+    """Returns torch's own operator without its overload; others as they are."""
+    namespace, _, rest = self.target.partition('.')
+    return rest.partition('.')[0] if namespace == 'aten' else self.target
 
   @property
   def where(self) -> str:

@@ -1,360 +1,28 @@
-"""Translates the calls of a program to layers, one call at a time.
+"""What each operator of torch becomes.
 
-A tensor that depends on the image is a `Feature`: the layer that computes it
-and torch's shape of it. A flattened or squeezed map is the same layer under
-another shape, so that flatten, squeeze and view become nothing. All other
-tensors are constants and are computed here (`constants`).
+A handler reads the operands of the current call and appends layers. It refuses
+what no layer computes.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from clusterq_jax.errors import InputError
-from clusterq_jax.importing import constants, refusals
-from clusterq_jax.importing.layer import Layer, Shape, per_channel, product
-from clusterq_jax.importing.program import Call, Program, Ref
-
-_LARGEST = 2**27  # numbers in all constants that are computed
-
-
-@dataclasses.dataclass(frozen=True)
-class Feature:
-  """A tensor that depends on the image.
-
-  Attributes:
-    layer: the layer that computes it.
-    shape: torch's shape. It holds the layer's output in torch's order, or is
-      that of a vector expanded to a map.
-  """
-
-  layer: Layer
-  shape: tuple[int, ...]
-
-  @property
-  def is_map(self) -> bool:
-    """Tells whether the shape is [N, C, H, W], or [N, C] for a vector."""
-    own = self.layer.shape
-    return self.shape[1:] == own or (
-      self.layer.is_vector and self.shape[1:] == own[:1]
-    )
-
-
-Value = Feature | np.ndarray
-
-
-class Translator:
-  """Translates one program; `layers` grows call by call."""
-
-  def __init__(self, program: Program):
-    self.program = program
-    self.layers: list[Layer] = []
-    self.values: dict[str, Value] = {}
-    self.call = Call('', {}, ())
-    self._computed = 0
-    # What a result shares memory with: the first name, and all names, by it.
-    self._memory: dict[str, str] = {}
-    self._sharing: dict[str, list[str]] = {}
-    self._overwritten: dict[str, Call] = {}
-
-  # --- Operands of the current call -----------------------------------------
-
-  def refuse(self, why: str) -> NoReturn:
-    """Raises the error for a call that cannot be translated."""
-    raise InputError(f'{self.program.source}: {self.call.where}: {why}')
-
-  def operand(self, name: str, default: Any = None) -> Any:
-    """Returns an operand; tensors as their values."""
-    value = self.call.operands.get(name, default)
-    return self._resolve(value)
-
-  def _resolve(self, value: Any) -> Any:
-    if isinstance(value, Ref):
-      if value.name in self._overwritten:
-        writer = self._overwritten[value.name]
-        self.refuse(
-          f'it reads a result that {writer.where} has overwritten in place; '
-          'set inplace=False there'
-        )
-      if value.name not in self.values:
-        self.refuse(f'it reads {value.name}, which no call has computed')
-      return self.values[value.name]
-    if isinstance(value, list):
-      return [self._resolve(each) for each in value]
-    return value
-
-  def first(self) -> str:
-    """Returns the name of the main operand."""
-    return 'self' if 'self' in self.call.operands else 'input'
-
-  def feature(self, name: str = '') -> Feature:
-    """Returns an operand that depends on the image; by default the first."""
-    name = name or self.first()
-    value = self.operand(name)
-    if not isinstance(value, Feature):
-      self.refuse(f'its operand {name} does not depend on the image')
-    return value
-
-  def map(self, name: str = '') -> Layer:
-    """Returns the layer of such an operand of shape [N, C, H, W] or [N, C]."""
-    value = self.feature(name)
-    if not value.is_map:
-      self.refuse(
-        f'it takes a tensor of shape {list(value.shape)}; only tensors '
-        '[N, C, H, W], in this order, and vectors [N, C] can be imported'
-      )
-    return value.layer
-
-  def constant(self, name: str) -> np.ndarray | None:
-    """Returns an operand that is a constant, or None."""
-    value = self.operand(name)
-    if isinstance(value, Feature):
-      self.refuse(
-        f'its {name} depends on the image; only fixed ones can be imported'
-      )
-    if value is None or isinstance(value, np.ndarray):
-      return value
-    self.refuse(f'its {name} is {value!r:.40}, expected a tensor')
-
-  def number(self, name: str, default: float) -> float:
-    """Returns an operand that is a finite number."""
-    value = self.operand(name, default)
-    if isinstance(value, np.ndarray) and value.size == 1:
-      value = float(value.reshape(()))
-    if not isinstance(value, (int, float)) or not abs(value) < 1e30:
-      self.refuse(f'its {name} is {value!r:.40}, expected a number')
-    return value
-
-  def integer(self, name: str, default: int) -> int:
-    """Returns an operand that is a whole number."""
-    value = self.operand(name, default)
-    if type(value) is not int or not abs(value) <= 2**63:
-      self.refuse(f'its {name} is {value!r:.40}, expected a whole number')
-    return value
-
-  def integers(
-    self, name: str, default: Sequence[int], count: int | None = 2
-  ) -> list[int]:
-    """Returns `count` whole numbers; one stands for all of them."""
-    value = self.operand(name, list(default))
-    value = [value] if isinstance(value, int) else value
-    if value == []:
-      value = list(default)
-    if isinstance(value, list) and len(value) == 1 and count:
-      value = value * count
-    if (
-      not isinstance(value, list)
-      or not all(type(n) is int and abs(n) < 2**31 for n in value)
-      or count not in (None, len(value))
-    ):
-      self.refuse(f'its {name} is {value!r:.40}, expected whole numbers')
-    return value
-
-  def one(self, name: str, default: int, least: int = 1) -> int:
-    """Returns a number given for height and width, which must be equal."""
-    high, wide = self.integers(name, (default, default))
-    if high != wide:
-      self.refuse(
-        f'its {name} differs between height and width ({high}, {wide}); only '
-        'equal ones can be imported'
-      )
-    if high < least:
-      self.refuse(f'its {name} is {high}, expected at least {least}')
-    return high
-
-  # --- Results ---------------------------------------------------------------
-
-  def add(
-    self,
-    op: str,
-    inputs: Sequence[Layer],
-    shape: Shape,
-    arrays: dict[str, np.ndarray] | None = None,
-    *,
-    weight: str = '',
-    **options: Any,
-  ) -> Layer:
-    """Appends a layer.
-
-    Args:
-      op: see `Layer`.
-      inputs: the layers that it reads.
-      shape: (C, H, W) of its output.
-      arrays: its variables.
-      weight: operand whose key names the layer; by default its module does.
-      **options: fields of the layer.
-    """
-    for name, size in zip('CHW', shape, strict=True):
-      if size < 1:
-        self.refuse(f'its result has no pixel or channel ({name} = {size})')
-    layer = Layer(
-      op,
-      list(inputs),
-      shape,
-      options,
-      arrays or {},
-      self._name(op, weight, options),
-      self.call.where,
-    )
-    self.layers.append(layer)
-    return layer
-
-  def _name(self, op: str, weight: str, options: dict[str, Any]) -> str:
-    ref = self.call.operands.get(weight)
-    key = self.program.weights.get(ref.name, '') if isinstance(ref, Ref) else ''
-    if '.' in key:
-      return key.rpartition('.')[0]
-    path, kind = self.call.place[-1] if self.call.place else ('', '')
-    last = options.get('act') or op
-    if path and kind.startswith('torch.nn.modules.') and last != 'mul':
-      return path
-    return f'{path}.{last}' if path else last
-
-  def shape_of(self, name: str) -> tuple[int, ...]:
-    """Returns torch's shape of a tensor."""
-    if name not in self.program.shapes:
-      self.refuse(f'the program does not tell the shape of {name}')
-    return self.program.shapes[name]
-
-  def reshaped(self, value: Feature, name: str) -> Feature:
-    """Returns a feature under the shape that the program gives a result."""
-    shape = self.shape_of(name)
-    if product(shape) != product(value.shape):
-      self.refuse(f'it makes {list(shape)} of {list(value.shape)}')
-    if shape[:1] != value.shape[:1]:
-      if value.shape[0] == 1:
-        self.refuse(refusals.ambiguous_batch(self.program))
-      self.refuse(
-        f'it mixes the images of a batch ({list(value.shape)} becomes '
-        f'{list(shape)})'
-      )
-    return Feature(value.layer, shape)
-
-  # --- The program -----------------------------------------------------------
-
-  def run(self) -> list[Layer]:
-    """Translates all calls; returns the layers, a layer 'output' last."""
-    program = self.program
-    refusals.check_signature(program)
-    (image,) = program.inputs
-    shape = self.shape_of(image)
-    _, c, h, w = shape
-    layer = Layer('input', [], (c, h, w), name='input')
-    self.layers.append(layer)
-    self.values[image] = Feature(layer, shape)
-    for name, key in program.weights.items():
-      self.values[name] = program.tensors[key]
-    for call in program.calls:
-      self.call = call
-      self._run_call()
-    (result,) = program.outputs
-    self.call = Call('the output', {'self': Ref(result)}, ())
-    value = self.operand('self')
-    if not isinstance(value, Feature):
-      raise InputError(
-        f'{program.source}: the result does not depend on the image'
-      )
-    if len(value.shape) != 2 or not value.is_map or value.shape[1] < 2:
-      refusals.refuse_head(program, value.shape)
-    self.layers.append(Layer('output', [value.layer], value.layer.shape))
-    return self.layers
-
-  def _run_call(self) -> None:
-    call = self.call
-    if not call.outputs:
-      return  # an assertion
-    op = call.op
-    # A pair of underscores, as in __and__, does not mean in place.
-    in_place = op.endswith('_') and not op.endswith('__')
-    op = op.removesuffix('_') if in_place else op
-    operands = {name: self.operand(name) for name in call.operands}
-    fixed = not any(map(_depends, operands.values()))
-    if fixed or op in constants.FILLS:
-      self._fold(op, operands)
-    elif op in _OPS:
-      results = _OPS[op](self)
-      if not isinstance(results, list):
-        results = [results]
-      self._keep(results)
-    else:
-      self.refuse(refusals.why(call.target))
-    if in_place:
-      self._overwrite()
-    elif op in _VIEWS:
-      self._share()
-
-  def _fold(self, op: str, operands: dict[str, Any]) -> None:
-    if len(self.call.outputs) != 1:
-      self.refuse(refusals.why(self.call.target))
-    (name,) = self.call.outputs
-    result = constants.evaluate(op, operands, self.shape_of(name))
-    if result is None:
-      self.refuse(
-        'it computes with constants only, and this way of it is not known; '
-        'compute its result once, in the constructor of the module, and keep '
-        'it with register_buffer'
-      )
-    self._computed += result.size if result.base is None else 0
-    if self._computed > _LARGEST:
-      self.refuse('the constants take too much memory')
-    self.values[name] = result
-
-  def _keep(self, results: list[Feature]) -> None:
-    """Keeps results whose shapes are those of the program."""
-    for name, result in zip(self.call.outputs, results, strict=False):
-      if name in self.program.shapes and result.shape != self.shape_of(name):
-        self.refuse(
-          f'it gives {list(result.shape)}, and the program says '
-          f'{list(self.shape_of(name))}'
-        )
-      self.values[name] = result
-
-  def _own(self) -> str | None:
-    """Returns the name of the tensor whose memory the call returns."""
-    ref = self.call.operands.get(self.first())
-    return ref.name if isinstance(ref, Ref) else None
-
-  def _share(self) -> None:
-    """Notes that the results share the memory of the operand."""
-    if (name := self._own()) is not None:
-      memory = self._memory.get(name, name)
-      self._memory |= dict.fromkeys(self.call.outputs, memory)
-      self._sharing.setdefault(memory, [memory]).extend(self.call.outputs)
-
-  def _overwrite(self) -> None:
-    """Gives the operand of an in-place call its new value.
-
-    What shares its memory has changed too, in a way that is not followed: it
-    must not be read any more.
-    """
-    if (name := self._own()) is not None:
-      memory = self._memory.get(name, name)
-      stale = self._sharing.pop(memory, [])
-      self._overwritten |= dict.fromkeys(stale, self.call)
-      for fresh in (name, *self.call.outputs):
-        self.values[fresh] = self.values[self.call.outputs[0]]
-        self._overwritten.pop(fresh, None)
-
-
-def _depends(value: Any) -> bool:
-  if isinstance(value, list):
-    return any(map(_depends, value))
-  return isinstance(value, Feature)
-
-
-# --- Operators ---------------------------------------------------------------
-
-Handler = Callable[[Translator], Any]
-_OPS: dict[str, Handler] = {}
-# Their results can share memory with the operand.
-_VIEWS = frozenset(
-  'view reshape flatten squeeze unsqueeze expand expand_as transpose permute '
-  'detach alias contiguous dropout slice select chunk split split_with_sizes '
-  'unflatten to'.split()
+from clusterq_jax.importing import refusals
+from clusterq_jax.importing.layer import Layer, per_channel, product
+from clusterq_jax.importing.program import Program
+from clusterq_jax.importing.translator import (
+  Feature,
+  Handler,
+  Translator,
+  Value,
 )
+
+Pair = tuple[int, int]
+_OPS: dict[str, Handler] = {}
+_MOST_CROPPED = 16  # rows or columns; a crop becomes a kernel of that size
 
 
 def _handles(names: str) -> Callable[[Handler], Handler]:
@@ -365,7 +33,7 @@ def _handles(names: str) -> Callable[[Handler], Handler]:
   return register
 
 
-def _output(t: Translator, layer: Layer, like: Feature) -> Feature:
+def _output(layer: Layer, like: Feature) -> Feature:
   """Returns a layer's output, as a vector [N, C] if the input was one."""
   if layer.is_vector and len(like.shape) == 2:
     return Feature(layer, (like.shape[0], layer.shape[0]))
@@ -384,14 +52,13 @@ def _conv(t: Translator) -> Feature:
   out, per_group, kh, kw = weight.shape
   if groups < 1 or per_group * groups != c or out % groups or not weight.size:
     t.refuse(f'its weight {list(weight.shape)} does not fit {c} channels')
-  padding = t.operand('padding', 0)
+  padding = t.plain('padding', 0)
   if padding in ('same', 'valid'):
     spans = [dilation * (k - 1) * (padding == 'same') for k in (kh, kw)]
     pads = [(n // 2, n - n // 2) for n in spans]
   else:
     pads = [(n, n) for n in t.integers('padding', (0, 0))]
   return _output(
-    t,
     t.add(
       'conv',
       [x],
@@ -469,7 +136,7 @@ def _batch_norm(t: Translator) -> Feature:
       'this BatchNorm keeps no statistics (track_running_stats=False); the '
       'method needs them: train it with statistics'
     )
-  if t.operand('training', False):
+  if t.plain('training', False):
     t.refuse(refusals.TRAINING)
   if (var < 0).any():
     t.refuse('its running variance is negative')
@@ -489,7 +156,7 @@ def _batch_norm(t: Translator) -> Feature:
     weight='running_mean',
     epsilon=epsilon,
   )
-  return _output(t, layer, t.feature('input'))
+  return _output(layer, t.feature('input'))
 
 
 # --- Activations -------------------------------------------------------------
@@ -522,7 +189,7 @@ def _silu(t: Translator) -> Feature:
 
 @_handles('gelu')
 def _gelu(t: Translator) -> Feature:
-  tanh = t.operand('approximate', 'none') == 'tanh'
+  tanh = t.plain('approximate', 'none') == 'tanh'
   return _act(t, 'gelu_tanh' if tanh else 'gelu')
 
 
@@ -555,7 +222,7 @@ def _prelu(t: Translator) -> Feature:
 def _clip(t: Translator) -> Feature:
   op = t.call.op.removesuffix('_')
   ends = ('min_val', 'max_val') if op == 'hardtanh' else ('min', 'max')
-  low, high = map(t.operand, ends)
+  low, high = map(t.plain, ends)
   if low == 0 and high is None:
     return _act(t, 'relu')
   if op == 'hardtanh':
@@ -655,7 +322,7 @@ def _product(t: Translator) -> Feature:
 @_handles('div')
 def _quotient(t: Translator) -> Feature:
   x, y = _operands(t)
-  if isinstance(y, Feature) or t.operand('rounding_mode') is not None:
+  if isinstance(y, Feature) or t.plain('rounding_mode') is not None:
     t.refuse('it divides by a tensor, or rounds; neither can be imported')
   with np.errstate(all='ignore'):
     return _affine(t, x, 1 / np.asarray(y, np.float64))
@@ -688,15 +355,15 @@ def _pool(t: Translator) -> Feature:
   pads, extra = [], False
   for size, k, s, p in zip(x.shape[1:], kernel, steps, margins, strict=True):
     after = p
-    if t.operand('ceil_mode', False):
+    if t.plain('ceil_mode', False):
       count = -(-(size + 2 * p - k) // s) + 1
       count -= (count - 1) * s >= size + p
       after = max(p, (count - 1) * s + k - size - p)
     pads.append((p, after))
     extra |= after > p
   is_max = t.call.op.startswith('max')
-  counted = not is_max and bool(t.operand('count_include_pad', True))
-  if not is_max and t.operand('divisor_override') is not None:
+  counted = not is_max and bool(t.plain('count_include_pad', True))
+  if not is_max and t.plain('divisor_override') is not None:
     t.refuse('its divisor_override cannot be imported')
   if counted and extra and any(margins):
     # The padding counts, what ceil_mode adds does not.
@@ -790,22 +457,10 @@ def _repeated(t: Translator, x: Layer, sizes: Sequence[int]) -> Feature:
 
 @_handles('upsample_nearest2d')
 def _upsample(t: Translator) -> Feature:
-  x = t.map()
   shape = t.shape_of(t.call.outputs[0])
   if len(shape) != 4 or max(shape) > 2**15:
     t.refuse(f'its result is {list(shape)}')
-  c, h, w = x.shape
-  factor = max(shape[2] // h, 1)
-  if (h * factor, w * factor) != shape[2:]:
-    t.refuse(
-      f'it resizes {h}x{w} pixels to {shape[2]}x{shape[3]}; only whole factors '
-      'that are equal in both directions can be imported'
-    )
-  if factor == 1:
-    return Feature(x, shape)
-  return Feature(
-    t.add('resize', [x], (c, h * factor, w * factor), factor=factor), shape
-  )
+  return _repeated(t, t.map(), shape[2:])
 
 
 def _dims(t: Translator, rank: int) -> set[int]:
@@ -858,14 +513,12 @@ def _padded(t: Translator, x: Layer, pads, value: float = 0.0) -> Layer:
 def _pad(t: Translator) -> Feature:
   value, x = t.feature(), t.map()
   pads = t.integers('pad', (), None)
-  mode = t.operand('mode', 'constant')
+  mode = t.plain('mode', 'constant')
   if mode != 'constant':
     t.refuse(f'padding of mode {mode!r:.20}; only zeros can be imported')
   if len(pads) % 2 or len(pads) > 8 or len(value.shape) != 4:
     t.refuse(f'its pad is {pads}')
-  if min(pads, default=0) < 0:
-    t.refuse('it crops (a negative pad), which cannot be imported')
-  fill = t.operand('value')
+  fill = t.plain('value')
   fill = 0.0 if fill is None else fill
   # torch counts axes from the last.
   pairs = list(zip(pads[::2], pads[1::2], strict=True))
@@ -873,6 +526,11 @@ def _pad(t: Translator) -> Feature:
   horizontal, vertical, channels, batch = pairs
   if batch != (0, 0) or type(fill) not in (int, float):
     t.refuse(f'its pad is {pads} with {fill!r:.20}')
+  if min(*vertical, *horizontal, *channels) < 0:
+    if max(*vertical, *horizontal, *channels) > 0 or channels != (0, 0):
+      t.refuse(f'it pads and crops at once: {pads}')
+    (top, bottom), (left, right) = vertical, horizontal
+    return _cropped(t, value, (-top, -bottom), (-left, -right))
   if vertical != (0, 0) or horizontal != (0, 0):
     x = _padded(t, x, (vertical, horizontal), fill)
   if channels != (0, 0):
@@ -896,8 +554,10 @@ def _more_channels(t: Translator, x: Layer, before: int, after: int) -> Layer:
 @_handles('cat')
 def _cat(t: Translator) -> Feature:
   values = t.operand('tensors')
-  if not isinstance(values, list):
-    t.refuse('it takes no list')
+  if not isinstance(values, list) or not all(
+    isinstance(v, (Feature, np.ndarray)) for v in values
+  ):
+    t.refuse('it takes something else than a list of tensors')
   features = [v for v in values if isinstance(v, Feature)]
   rank = len(features[0].shape)
   if t.integer('dim', 0) not in (1, 1 - rank):
@@ -978,7 +638,7 @@ def _chunk(t: Translator) -> list[Feature]:
   if t.call.op == 'chunk':
     step = -(-size // max(t.integer('chunks', 1), 1))
     sizes = [step] * (size // step) + [size % step] * (size % step > 0)
-  elif isinstance(t.operand('split_size'), int):
+  elif isinstance(t.plain('split_size'), int):
     step = max(t.integer('split_size', 1), 1)
     sizes = [step] * (size // step) + [size % step] * (size % step > 0)
   else:
@@ -1000,7 +660,7 @@ def _slice(t: Translator) -> Feature:
   value = t.feature()
   axis, step = _axis(t, value), t.integer('step', 1)
   size = value.shape[axis]
-  begin, end = t.operand('start'), t.operand('end')
+  begin, end = t.plain('start'), t.plain('end')
   for place in (begin, end, step):
     if place is not None and (type(place) is not int or abs(place) > 2**63):
       t.refuse(f'it takes {begin!r:.20} to {end!r:.20}')
@@ -1017,11 +677,40 @@ def _slice(t: Translator) -> Feature:
     shape = (c, -(-h // steps[0]), -(-w // steps[1]))
     layer = t.add('subsample', [value.layer], shape, steps=steps)
     return Feature(layer, (value.shape[0], *shape))
+  if axis in (2, 3) and step == 1 and value.is_map:
+    margin = (start, size - stop)
+    vertical, horizontal = (margin, (0, 0)) if axis == 2 else ((0, 0), margin)
+    return _cropped(t, value, vertical, horizontal)
   t.refuse(
     f'it takes {start} to {stop} in steps of {step} of axis {axis} of '
-    f'{list(value.shape)}; only whole ranges of channels, and every n-th pixel '
-    'of the whole map, can be imported'
+    f'{list(value.shape)}; only ranges of channels, rows or columns, and every '
+    'n-th row and column from the first on, can be imported'
   )
+
+
+def _cropped(
+  t: Translator, value: Feature, vertical: Pair, horizontal: Pair
+) -> Feature:
+  """Takes rows and columns off the map: (before, after) of each."""
+  x = value.layer
+  if x.op == 'crop':
+    # Of one crop after another, the first will have no reader.
+    vertical, horizontal = (
+      (a + c, b + d)
+      for (a, b), (c, d) in zip(
+        x.options['margins'], (vertical, horizontal), strict=True
+      )
+    )
+    (x,) = x.inputs
+  c, h, w = x.shape
+  shape = (c, h - sum(vertical), w - sum(horizontal))
+  if max(sum(vertical), sum(horizontal)) > _MOST_CROPPED:
+    t.refuse(
+      f'it crops {h}x{w} pixels to {shape[1]}x{shape[2]}; only up to '
+      f'{_MOST_CROPPED} rows and columns can be cropped'
+    )
+  layer = t.add('crop', [x], shape, margins=(vertical, horizontal))
+  return Feature(layer, (value.shape[0], *shape))
 
 
 @_handles('select')
@@ -1118,7 +807,7 @@ def _expand(t: Translator) -> Feature:
 
 @_handles('dropout feature_dropout alpha_dropout feature_alpha_dropout')
 def _dropout(t: Translator) -> Feature:
-  if t.operand('train', False):
+  if t.plain('train', False):
     t.refuse(refusals.TRAINING)
   return t.feature()
 
@@ -1143,4 +832,4 @@ def translate(program: Program) -> list[Layer]:
     InputError: it computes something that no layer does, or it is not a
       function from images to logits.
   """
-  return Translator(program).run()
+  return Translator(program, _OPS).run()
