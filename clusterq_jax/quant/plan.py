@@ -129,7 +129,9 @@ def make_plan(
       if node.op == 'input':
         step = input_limit / numerics.activation_range(width, True)[1]
       elif node.act in _FRACTIONS and width == WIDE_BITS:
-        step = 1 / numerics.activation_range(width, False)[1]
+        # One half, the gate of 0, is a code; with 1 / 255 it would lie between
+        # two, and the last bit of a float would decide.
+        step = 1 / 2**WIDE_BITS
       shifted = learned and signed[node.name] and width < WIDE_BITS
       outputs[node.name] = Output(width, signed[node.name], step, shifted)
   return Plan(_weights(graph, bits), tuple(outputs.items()), learned)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clusterq_jax.deploy import fold
-from clusterq_jax.layers import fake_quant
+from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import network as network_lib
 from clusterq_jax.models.graph import Graph, Node
 from clusterq_jax.models.preprocessing import Preprocessing
