@@ -80,11 +80,7 @@ def convert(
   Raises:
     InputError: weights that do not fit, or an output that exists.
   """
-  target = pathlib.Path(output)
-  if target.suffix != '.safetensors':
-    raise InputError(f'--output={output}: expected a name in .safetensors')
-  if target.exists():
-    raise InputError(f'--output={output}: exists; remove it, or name another')
+  target = importing.check_output(output, '--')
   loaded = weights_lib.load(source, arch, entry)
   report = [loaded.report, 'Nothing is missing and nothing is left over.']
   report += loaded.notes
@@ -131,7 +127,7 @@ def import_network(
   Raises:
     InputError: a network that cannot be imported, or an output that exists.
   """
-  importing.check_output(output)
+  importing.check_output(output, '--')
   known = {key: v for key, v in preprocessing.items() if v is not None}
   size = known.pop('image_size', None)
   report = []
@@ -156,7 +152,9 @@ def import_network(
     report.append(
       ', '.join(f'{name} {value}' for name, value in sorted(known.items()))
     )
-  written = importing.write(imported, output, class_names=class_names, **known)
+  written = importing.write(
+    imported, output, class_names=class_names, given_as='--', **known
+  )
   return '\n'.join([written, *report])
 
 

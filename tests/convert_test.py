@@ -1,5 +1,7 @@
 """The conversion of weights: what is written, said and refused."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import safetensors
@@ -190,3 +192,61 @@ def test_nothing_is_overwritten(run, source):
   assert code == 2
   assert 'exists' in err
   assert source.read_bytes() == before
+
+
+_PROGRAM = (
+  pathlib.Path(__file__).parent / 'golden' / 'programs' / 'inception.pt2'
+)
+
+
+def test_a_program_becomes_a_teacher(run, tmp_path):
+  names, output = tmp_path / 'names.txt', tmp_path / 'new.safetensors'
+  names.write_text('\n'.join('abcdefghij'))
+  code, out, err = run(
+    input=_PROGRAM,
+    output=output,
+    mean='0.485,0.456,0.406',
+    std='0.229,0.224,0.225',
+    image_size='48,48',
+    class_names=names,
+  )
+  assert code == 0, err
+  assert 'for images of 48x48x3, 10 classes' in out
+  loaded = teacher.load('', str(output))
+  assert loaded.graph.image_shape == (48, 48, 3)
+  assert loaded.class_names == tuple('abcdefghij')
+  # The network itself begins with another normalisation.
+  np.testing.assert_allclose(loaded.preprocessing.mean, 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected'),
+  [
+    ({'mean': None}, '--mean is missing'),
+    ({'std': '1,1'}, '--std=(1.0, 1.0): expected 3 number(s)'),
+    ({'arch': 'resnet18'}, '--arch=resnet18: '),
+    ({'image_size': '32,32'}, 'was exported for images of 48x48'),
+    ({'output': 'a.npz'}, '--output=a.npz: expected a name in .safetensors'),
+    ({'class_names': 'names.txt'}, '--class_names: 2 names; the network has'),
+    ({'input': 'none.pt2'}, 'none.pt2: no such file'),
+    ({'input': 'none.pth'}, '--arch is missing'),
+    ({'input': 'none.pth', 'arch': 'keras:a'}, 'expected one of torchvision:'),
+  ],
+)
+def test_programs_that_are_refused(
+  run, tmp_path, monkeypatch, changes, expected
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'names.txt').write_text('ant\nbee\n')
+  arguments = {
+    'input': _PROGRAM,
+    'output': 'new.safetensors',
+    'mean': '0.5,0.5,0.5',
+    'std': '1,1,1',
+    **changes,
+  }
+  code, _, err = run(**{k: v for k, v in arguments.items() if v is not None})
+  assert code == 2
+  assert expected in err
+  assert len(err.strip().splitlines()) == 1
+  assert not (tmp_path / 'new.safetensors').exists()

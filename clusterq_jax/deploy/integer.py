@@ -134,13 +134,17 @@ class IntegerNetwork:
     Returns:
       float32 logits [B, K].
     """
+    return self.outputs(images)[self.graph.nodes[-1].name]
+
+  def outputs(self, images: jax.Array) -> dict[str, jax.Array]:
+    """Returns the codes of each layer by name, and the logits; see `logits`."""
     if self.preprocessing.channel_order == 'bgr':
       images = images[..., ::-1]
     values: dict[str, jax.Array] = {}
     for name, layer in self.layers.items():
-      inputs = [values[source] for source in layer.node.inputs if values]
+      inputs = [values[source] for source in layer.node.inputs]
       values[name] = _OPS[layer.node.op](layer, *inputs or [images])
-    return values[self.graph.nodes[-1].name]
+    return values
 
 
 def window_share(node: Node) -> np.ndarray:

@@ -12,13 +12,24 @@ from clusterq_jax.weights import teacher
 from clusterq_jax.weights.checks import untrained
 
 
-def check_output(output: str | os.PathLike[str]) -> pathlib.Path:
-  """Refuses an output that exists or is no .safetensors file."""
+def check_output(
+  output: str | os.PathLike[str], given_as: str = ''
+) -> pathlib.Path:
+  """Refuses an output that exists or is no .safetensors file.
+
+  Args:
+    output: path of the file to write.
+    given_as: prefix of the name `output` in messages.
+  """
   path = pathlib.Path(output)
   if path.suffix != '.safetensors':
-    raise InputError(f'output={path}: expected a name in .safetensors')
+    raise InputError(
+      f'{given_as}output={path}: expected a name in .safetensors'
+    )
   if path.exists():
-    raise InputError(f'output={path}: exists; remove it, or name another')
+    raise InputError(
+      f'{given_as}output={path}: exists; remove it, or name another'
+    )
   return path
 
 
@@ -32,6 +43,7 @@ def write(
   channel_order: str | None = None,
   crop: float | None = None,
   class_names: Sequence[str] = (),
+  given_as: str = '',
 ) -> str:
   """Writes a network with all that a run needs to know about it.
 
@@ -46,6 +58,7 @@ def write(
     crop: side of the centre crop in evaluation, as a fraction of the resized
       image's shorter side.
     class_names: one name for each class, or none.
+    given_as: prefix of an argument's name in messages.
 
   Returns:
     A report of what was written.
@@ -53,15 +66,15 @@ def write(
   Raises:
     InputError: the output exists, or an impossible value.
   """
-  path = check_output(output)
+  path = check_output(output, given_as)
   graph, variables = imported.graph, imported.variables
   assert graph.image_shape is not None
   h, w, channels = graph.image_shape
   classes = graph.nodes[-1].features
   if class_names and len(class_names) != classes:
     raise InputError(
-      f'class_names: {len(class_names)} names; the network has {classes} '
-      'classes'
+      f'{given_as}class_names: {len(class_names)} names; the network has '
+      f'{classes} classes'
     )
   values: dict[str, Any] = {
     'image_size': (h, w),
@@ -70,7 +83,8 @@ def write(
     'pixel_range': 1.0 if pixel_range is None else pixel_range,
     'channel_order': channel_order or ('grey' if channels == 1 else 'rgb'),
   }
-  teacher.check_input(values, {name: name for name in values}, channels)
+  origins = {name: f'{given_as}{name}' for name in values}
+  teacher.check_input(values, origins, channels)
   values['mean'], values['std'] = imported.normalization(mean, std)
   if crop is not None:
     values['crop'] = crop

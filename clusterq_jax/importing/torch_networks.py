@@ -118,7 +118,7 @@ def from_torch(
   """
   files.check_output(output)
   name = type(network).__name__
-  size = tuple(image_size)
+  size = tuple(image_size) if isinstance(image_size, Sequence) else ()
   if len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
     raise InputError(f'image_size={image_size}: expected height and width')
   if network.training:

@@ -98,7 +98,8 @@ def _import(module: str, name: str) -> Any:
   except Exception as error:  # compiled parts that do not fit raise any kind
     reason = ' '.join(str(error).split())[:200]
     raise InputError(
-      f'--arch={name}: needs {module}, which cannot be imported ({reason}): '
+      f'--arch={name}: needs {module.partition(".")[0]}, which cannot be '
+      f'imported ({reason}): '
       'pip install torch torchvision timm pytorchcv, in one command'
     ) from error
 

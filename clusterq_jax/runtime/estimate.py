@@ -23,6 +23,7 @@ _FORWARD = 0.4  # generator and teacher on a batch
 _CALIBRATION = 60.0
 _COMPARISON = 2.0  # teacher and student on a batch, unblended and blended
 _EVALUATION = 1.8  # teacher, student and integer network on a batch
+_COMPILATION = 0.2  # of what follows the steps, as a share of that of the steps
 _SLOW_S = 2.0  # a step from which on it is measured only once
 
 
@@ -50,7 +51,6 @@ def announce(session: Session, images: int) -> None:
     session: session of a run that starts from its first step.
     images: number of labelled images.
   """
-  began = time.monotonic()
   memory, available = _memory(session), _available()
   if memory > available:
     _say(
@@ -59,11 +59,10 @@ def announce(session: Session, images: int) -> None:
       f'config.schedule.batch_size than {session.config.schedule.batch_size} '
       'needs less'
     )
-  left, disk = _seconds(session, images), _disk(session)
-  seconds = time.monotonic() - began + left
+  seconds = _seconds(session, images)
   _say(
-    f'estimate: about {_duration(seconds)}, {_size(memory)} of memory and '
-    f'{_size(disk)} of disk'
+    f'estimate: about {_duration(seconds)} from here, {_size(memory)} of '
+    f'memory, {_size(_disk(session))} of disk'
   )
 
 
@@ -80,7 +79,7 @@ def _phases(session: Session) -> list[phases_lib.Phase]:
 
 
 def _seconds(session: Session, images: int) -> float:
-  """Estimates the time of a run without its compilations, in seconds.
+  """Estimates the time of a run after its programs are compiled, in seconds.
 
   Args:
     session: session of the run.
@@ -104,7 +103,8 @@ def _seconds(session: Session, images: int) -> float:
   steps += _EVALUATION * images / batch
   if any('initialize_centroids' in phase.on_enter for phase in phases):
     steps += _FORWARD * session.centroid_batches
-  return total + steps * min(found)
+  compilation = _COMPILATION * session.compile.seconds
+  return total + steps * min(found) + compilation
 
 
 def _memory(session: Session) -> int:
@@ -165,4 +165,4 @@ def _duration(seconds: float) -> str:
 
 
 def _size(bytes: float) -> str:
-  return f'{bytes / 1e9:.1f} GB'
+  return f'{bytes / 1e9:.1f} GB' if bytes > 5e8 else f'{bytes / 1e6:.0f} MB'
