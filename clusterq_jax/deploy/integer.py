@@ -9,8 +9,8 @@ The arithmetic equals ONNX Runtime's quantized operators on x86:
 - A convolution or classifier accumulates (code - zero) * weight code and the
   bias in 32-bit integers. It rescales the sum once, by one float32 multiplier
   per channel, and rounds half to even. Average pools do the same.
-- An add is one fused multiply-add per operand, here a table over pairs of
-  codes. So is a product. Activations are tables over codes.
+- An add is one fused multiply-add per operand. Adds and products are tables
+  over pairs of codes, activations are tables over codes.
 - A padded average pool that does not count zeros adds float32 numbers, row by
   row.
 - Moves do not change codes. Inputs of a concat move to the grid of its output.

@@ -4,8 +4,10 @@ The integer model is in QDQ format, opset 21. Every tensor is uint8 between
 QuantizeLinear and DequantizeLinear. A Clip on integers narrows tensors of fewer
 than 8 bits. Weights of up to 4 bits are stored as INT4. An average pool over
 windows is a depthwise convolution with ones, because ONNX Runtime's
-QLinearAveragePool adds floats. ONNX Runtime fuses the nodes into QLinearConv,
-QLinearAdd, QLinearGlobalAveragePool and QGemm.
+QLinearAveragePool adds floats. Only a pool that leaves padded zeros out cannot
+be one. ONNX Runtime fuses the nodes into QLinearConv, QLinearAdd, QLinearMul,
+QLinearGlobalAveragePool, QGemm and others. Most activations remain in float
+between two grids.
 
 Both models map `images`, uint8 [N, H, W, C] in RGB, to `logits`, float32
 [N, K]. They contain the normalisation of the input.

@@ -11,10 +11,11 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.export  # `import jax` does not load it
 import numpy as np
 import pytest
 
-from clusterq_jax.deploy import fold
+from clusterq_jax.deploy import fold, integer
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import network as network_lib
 from clusterq_jax.models.graph import Graph, Node
@@ -110,8 +111,11 @@ _OPS: dict[str, _Op] = {
       Node('b', 'conv', ('signed',), features=4),
       Node('inner', 'concat', ('a', 'b')),
       Node('moved', 'max_pool', ('inner',), kernel=(3, 3)),
-      Node('c', 'act', ('signed',), act='relu'),
-      Node('', 'concat', ('c', 'moved')),
+      Node('c', 'act', ('wide',), act='relu'),
+      Node('d', 'act', ('wide',), act='hard_swish'),
+      Node('e', 'mul', ('wide', 'unsigned')),
+      Node('f', 'avg_pool', ('unsigned',), kernel=(3, 3)),
+      Node('', 'concat', ('c', 'moved', 'd', 'e', 'f')),
     ),
     'Concat',
   ),
@@ -119,6 +123,14 @@ _OPS: dict[str, _Op] = {
     (
       Node('a', 'conv', ('signed',), features=4, act='relu6'),
       Node('b', 'act', ('signed',), act='sigmoid'),
+      Node('', 'concat', ('a', 'b')),
+    ),
+    'Concat',
+  ),
+  'concat_vectors': _Op(
+    (
+      Node('a', 'global_avg_pool', ('unsigned',)),
+      Node('b', 'global_avg_pool', ('wide',)),
       Node('', 'concat', ('a', 'b')),
     ),
     'Concat',
@@ -285,12 +297,14 @@ class _Case(NamedTuple):
     theirs: the same from ONNX Runtime.
     fake: logits of the fake-quantized student.
     operators: pairs (layer, operator) of ONNX Runtime's optimized model.
+    network: the integer network.
   """
 
   ours: dict[str, np.ndarray]
   theirs: dict[str, np.ndarray]
   fake: np.ndarray
   operators: set[tuple[str, str]]
+  network: integer.IntegerNetwork
 
 
 @pytest.fixture(scope='module')
@@ -329,7 +343,8 @@ def case(source, tmp_path_factory):
       (re.split('/|_token_', node.name)[0], node.op_type)
       for node in onnx.load(file).graph.node
     }
-    return _Case(ours, _run(model, graph, images), fake, operators)
+    theirs = _run(model, graph, images)
+    return _Case(ours, theirs, fake, operators, folded)
 
   return make
 
@@ -385,6 +400,14 @@ def test_the_student_agrees(case, bits, learned):
   error = np.abs(found.fake - logits).max() / found.fake.std()
   assert error < (0.2 if bits == 4 else 0.05)
   assert np.ptp(logits, 0).min() > 0.5  # the logits depend on the images
+
+
+def test_the_program_takes_any_number_of_images(case):
+  network = case(4, True).network
+  (batch,) = jax.export.symbolic_shape('N')
+  images = jax.ShapeDtypeStruct((batch, *_SHAPE), np.uint8)
+  exported = jax.export.export(jax.jit(network.logits))(images)
+  assert str(exported.out_avals[0].shape) == '(N, 5)'
 
 
 def test_float_twin(source):
