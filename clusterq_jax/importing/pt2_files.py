@@ -1,7 +1,7 @@
 """Reads files of torch.export.save without torch, and without running them.
 
-A file is a zip archive of JSON and tensors. The layouts of torch 2.7 to 2.13 are
-known:
+A file is a zip archive of JSON and tensors. Known are the layouts of torch 2.7
+to 2.13:
 
   * torch 2.9 and newer: models/model.json, and each storage as raw bytes;
   * torch 2.8: the same JSON, and pickled tensors (`tensors`);
