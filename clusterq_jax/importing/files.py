@@ -86,6 +86,9 @@ def write(
   origins = {name: f'{given_as}{name}' for name in values}
   teacher.check_input(values, origins, channels)
   values['mean'], values['std'] = imported.normalization(mean, std)
+  own = ' after the normalisation that the network begins with'
+  origins = {name: f'{origin}{own}' for name, origin in origins.items()}
+  teacher.check_input(values, origins, channels)
   if crop is not None:
     values['crop'] = crop
   path.parent.mkdir(parents=True, exist_ok=True)

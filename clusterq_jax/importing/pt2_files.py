@@ -1,9 +1,11 @@
 """Reads files of torch.export.save without torch, and without running them.
 
-A file is a zip archive of JSON and tensors. Two layouts are known:
+A file is a zip archive of JSON and tensors. Known are the layouts of torch 2.7
+to 2.13:
 
   * torch 2.9 and newer: models/model.json, and each storage as raw bytes;
-  * torch 2.5 to 2.8: the same JSON, and pickled tensors (`tensors`).
+  * torch 2.8: the same JSON, and pickled tensors (`tensors`);
+  * torch 2.7: the same members under other names.
 """
 
 import json
@@ -25,7 +27,7 @@ from clusterq_jax.importing.program import (
 )
 from clusterq_jax.weights.entries import join_names
 
-_SCHEMA = 8  # major version of the JSON in torch 2.5 to 2.13
+_SCHEMA = 8  # major version of the JSON in torch 2.7 to 2.13
 _KINDS = ('weights', 'constants')  # folders and files of tensors
 _LARGEST_JSON = 2**25  # bytes; a network of 3,000 layers takes 10 MB
 _HOW = (
@@ -38,7 +40,7 @@ def read(path: str | os.PathLike[str]) -> Program:
   """Reads a file that torch.export.save wrote.
 
   Args:
-    path: a .pt2 file of torch 2.5 or newer.
+    path: a .pt2 file of torch 2.7 or newer.
 
   Raises:
     InputError: the file is missing, damaged, of another format or of an
@@ -84,7 +86,7 @@ def _read(path: str, archive: zipfile.ZipFile) -> Program:
   if version != _SCHEMA:
     raise InputError(
       f'{path}: schema {version!r} of torch {model.get("torch_version")}, '
-      f'expected schema {_SCHEMA}: export with torch 2.5 to 2.13'
+      f'expected schema {_SCHEMA}: export with torch 2.7 to 2.13'
     )
   module = model['graph_module']
   graph = module['graph']

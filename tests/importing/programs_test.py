@@ -11,7 +11,7 @@ from clusterq_jax.importing import pt2_files
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'golden' / 'programs'
 _LOGITS = json.loads((_FOLDER / 'logits.json').read_text())
-_RELEASES = ('2.7', '2.9', '2.13')
+_RELEASES = ('2.7', '2.8', '2.9', '2.13')
 
 
 def _images(shape):

@@ -46,7 +46,7 @@ def test_a_program_is_plain_data():
   assert program.outputs == program.calls[-1].outputs
 
 
-@pytest.mark.parametrize('release', ['2.7', '2.9'])
+@pytest.mark.parametrize('release', ['2.7', '2.8', '2.9'])
 def test_older_releases_hold_the_same_tensors(release):
   program = pt2_files.read(_FILE)
   older = pt2_files.read(_FOLDER / f'release_{release}.pt2')

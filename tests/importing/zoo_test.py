@@ -127,6 +127,10 @@ def test_live_networks_that_are_refused(tmp_path):
       from_torch(network, size, (0.5,) * 3, (1.0,) * 3, output)
     return str(error.value)
 
+  class Normalized(Network):
+    def forward(self, x):
+      return super().forward(x * 2 - 3)
+
   class Branches(Network):
     def forward(self, x):
       return super().forward(x if x.sum() > 0 else -x)
@@ -134,4 +138,6 @@ def test_live_networks_that_are_refused(tmp_path):
   assert 'call network.eval() first' in refused(Network())
   assert 'expected height and width' in refused(_trained(), 8)
   assert 'torch.export.export fails' in refused(Branches().eval())
+  message = refused(Normalized().eval())
+  assert 'after the normalisation that the network begins with' in message
   assert not output.exists()
