@@ -1,15 +1,14 @@
 """Estimates time, memory and disk of a run before its first step.
 
 Every program of the run is compiled first. Each kind of step then runs on a
-state that is thrown away. The rest of a run is counted in steps: how many was
-measured on two networks (see `_seconds`).
+state that is thrown away. The rest of a run is counted in steps, whose number
+was measured on the embedded teacher.
 """
 
 import os
 import pathlib
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 
@@ -18,28 +17,13 @@ from clusterq_jax.method import phases as phases_lib
 from clusterq_jax.runtime import checkpoint, metrics, roofline, synthetic
 from clusterq_jax.runtime.session import Session
 
-# Seconds in units of the shortest step; see `_seconds`.
-_FORWARD = 0.4  # generator and teacher on a batch
-_CALIBRATION = 60.0
+# In units of the shortest step.
+_FORWARD = 0.5  # generator and teacher on a batch
+_CALIBRATION = 40.0
 _COMPARISON = 2.0  # teacher and student on a batch, unblended and blended
-_EVALUATION = 1.8  # teacher, student and integer network on a batch
+_EVALUATION = 1.5  # teacher, student and integer network on a batch
 _COMPILATION = 0.2  # of what follows the steps, as a share of that of the steps
 _SLOW_S = 2.0  # a step from which on it is measured only once
-
-
-class Estimate(NamedTuple):
-  """What a run needs.
-
-  Attributes:
-    seconds: time from here to the end.
-    memory: peak memory of the process, in bytes; on an accelerator, that of a
-      device.
-    disk: size of the workdir, in bytes.
-  """
-
-  seconds: float
-  memory: int
-  disk: int
 
 
 def announce(session: Session, images: int) -> None:
