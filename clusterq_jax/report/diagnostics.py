@@ -282,7 +282,7 @@ def output_errors(
       before, after = ours[name]
       target = theirs[name][0]
       codes = jnp.round(before / step)
-      inside = jnp.clip(codes, low, high).astype(jnp.int32) - low
+      inside = (jnp.clip(codes, low, high) - low).astype(jnp.int32)
       used = jnp.bincount(inside.ravel(), length=2**output.bits) > 0
       found[name] = (
         jnp.mean(before**2),

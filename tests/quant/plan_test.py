@@ -111,3 +111,28 @@ def test_weight_bytes():
   body = 269_722 - stem - classifier - others
   bits = 6 * stem + 3 * body + 7 * classifier + 32 * others
   assert plan.weight_bytes(params, _plan('paper')) == bits / 8
+
+
+def test_a_concat_quantizes_what_feeds_only_it():
+  node = graph_lib.Node
+  nodes = (
+    node('image', 'input', ()),
+    node('part', 'slice', ('image',), stop=2),
+    node('a', 'conv_bn', ('image',), act='relu', features=4),
+    node('b', 'conv', ('image',), features=4),
+    node('moved', 'max_pool', ('b',)),
+    node('inner', 'concat', ('a', 'moved')),  # two concats read it
+    node('left', 'concat', ('inner', 'part')),
+    node('right', 'concat', ('inner', 'left')),
+    node('read', 'conv', ('right',), features=4),
+    node('pool', 'global_avg_pool', ('read',)),
+    node('logits', 'dense', ('pool',), features=2),
+  )
+  bits = plan.Bits(4, 4, 4, 4, 'integer')
+  assert _found(plan.make_plan(graph_lib.Graph(nodes), bits, False, 1.0)) == {
+    'image': (8, True),
+    'inner': (8, True),
+    'right': (4, True),
+    'read': (8, True),
+    'pool': (8, True),
+  }

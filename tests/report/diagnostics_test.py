@@ -1,10 +1,13 @@
 """The measurements of a run, against values by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from clusterq_jax import load_student
 from clusterq_jax.layers import float_layers
+from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.report import diagnostics
 
 
@@ -62,3 +65,19 @@ def test_errors(finished):
   for error in outputs.values():
     assert 0 < error.levels <= 1
     assert 0 <= error.clipped < 1
+
+
+def test_errors_of_a_quantizer_with_a_zero_point(finished):
+  student = load_student(finished.workdir)
+  name = 'stage1_block1_conv1'
+  shifted = dict(student.plan.outputs)
+  shifted[name] = plan_lib.Output(2, signed=True, zero_point=True)
+  plan = dataclasses.replace(student.plan, outputs=tuple(shifted.items()))
+  quant = dict(student.variables['quant'])
+  quant[name] = {**quant[name], 'zero_point': np.float32(1)}
+  variables = {**student.variables, 'quant': quant}
+  student = dataclasses.replace(student, plan=plan, variables=variables)
+  images = np.random.RandomState(0).randint(0, 256, (8, 8, 8, 3), np.uint8)
+  found = diagnostics.output_errors(finished.teacher, student, images)
+  # A ReLU gives none of the negative codes.
+  assert found[name].levels == 3 / 4
