@@ -317,17 +317,23 @@ def _head(layers: list[Layer], source: str) -> list[Layer]:
 
 
 def _refuse_no_classifier(last: Layer, source: str) -> None:
-  """Refuses a network that ends in features."""
-  layer = last
-  while layer.op in (
-    'act',
-    'global_avg_pool',
-    'avg_pool',
-    'max_pool',
-    'affine',
-  ):
+  """Refuses a network that ends in features.
+
+  A 1x1 convolution, also of each pixel, can be a classifier. With BatchNorm and
+  an activation after it, it is a layer of the network's body.
+  """
+  layer, acts = last, 0
+  while layer.op in ('act', 'global_avg_pool', 'avg_pool', 'max_pool'):
+    acts += layer.op == 'act'
     (layer,) = layer.inputs
-  if layer.op not in ('conv', 'add'):
+  acts += 'act' in layer.options
+  if not (
+    (layer.op == 'conv' and layer.options.get('groups', 1) == 1)
+    or (
+      layer.op == 'conv_bn' and not acts and layer.options.get('groups', 1) == 1
+    )
+    or (layer.op == 'add' and layer.is_vector)
+  ):
     raise InputError(
       f'{source}: the network ends in {last.where}, without a classifier '
       'before it: its result is features, not logits; export it with its head'

@@ -69,7 +69,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 from clusterq_jax import convert
 sys.exit(convert.main(['convert', '--input={_FILE}', '--output={output}',
-  '--mean=0,0,0', '--std=1,1,1']))
+  '--mean=0.5,0.5,0.5', '--std=1,1,1']))
 """
   done = subprocess.run(
     [sys.executable, '-c', code],

@@ -221,6 +221,10 @@ def test_heads():
   assert pixel == _BASE
   after = _ops(nn.Identity(), head=lambda x: conv(x).tanh().mean((2, 3)))
   assert after['dense'] == after['conv'] == 1
+  norm = nn.Sequential(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)).eval()
+  normed = _ops(nn.Identity(), head=lambda x: norm(x).mean((2, 3)))
+  assert normed['conv_bn'] == 2
+  assert normed['dense'] == 1
   flat = nn.Linear(8 * 16, 5)
   whole = _ops(nn.AvgPool2d(3), head=lambda x: flat(x.flatten(1)))
   assert whole['dense'] == 1
@@ -323,8 +327,9 @@ def test_networks_that_are_refused():
   assert 'no BatchNorm' in _refused(NoNorm().eval())
   features = _trained(Network(nn.ReLU(), head=lambda x: x))
   assert 'only classifiers' in _refused(features)
-  pooled = _trained(Network(nn.ReLU(), head=lambda x: x.mean((2, 3))))
-  assert 'without a classifier' in _refused(pooled)
+  for body in (nn.ReLU(), lambda x: functional.silu(x), Residual(nn.ReLU())):
+    pooled = _trained(Network(body, head=lambda x: x.mean((2, 3))))
+    assert 'without a classifier' in _refused(pooled)
   squeezed = _trained(Network(nn.ReLU(), head=lambda x: x.mean((2, 3))))
   squeezed.head = lambda x: squeezed.fc(x.mean((2, 3), keepdim=True).squeeze())
   assert 'torch.zeros(2, 3, 12, 12)' in _refused(squeezed, batch=1)
