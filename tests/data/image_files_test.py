@@ -10,7 +10,6 @@ from PIL import Image
 from clusterq_jax import data
 from clusterq_jax.config import resolve
 from clusterq_jax.errors import InputError
-from clusterq_jax.models import registry
 from clusterq_jax.runtime import evaluation
 from clusterq_jax.runtime import session as session_lib
 
@@ -72,20 +71,6 @@ def test_resize_and_crop(tmp_path):
   (found,) = _load(tmp_path, (8, 8, 3), 1, resize=12).images[:1]
   small = Image.fromarray(pixels).resize((20, 12), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(found, np.asarray(small)[2:10, 6:14])
-
-
-@pytest.mark.parametrize(
-  ('arch', 'side', 'expected'),
-  [
-    ('resnet20', 32, 32),
-    ('resnet50', 224, 256),
-    ('mobilenet_v2', 192, 219),
-    ('efficientnet_lite0', 224, 256),
-    ('efficientnet_lite4', 300, 332),
-  ],
-)
-def test_usual_resize(arch, side, expected):
-  assert registry.architecture(arch).resize(side) == expected
 
 
 def test_resize_unless_told(tmp_path, tiny_config):

@@ -151,10 +151,6 @@ def test_truncated_weights(run, tiny_teacher, tmp_path):
   _refused(run(f'--config.teacher.weights={file}'), file, 'truncated')
 
 
-def test_weights_of_another_depth(run):
-  _refused(run('--config.teacher.arch=resnet20'), 'resnet8', 'resnet20')
-
-
 def test_batch_that_does_not_divide(spawn, tiny_config_file, tmp_path):
   process = spawn(
     '-m',

@@ -218,7 +218,7 @@ def test_student_refuses_other_images(finished, shape, dtype, named):
 def test_no_student(tmp_path, finished):
   with pytest.raises(InputError, match='no finished student'):
     clusterq_jax.load_student(tmp_path)
-  with pytest.raises(InputError, match='teacher 1'):
+  with pytest.raises(InputError, match='teacher 2'):
     clusterq_jax.load_student(finished.config.teacher.weights)
 
 

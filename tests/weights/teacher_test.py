@@ -1,5 +1,7 @@
 """Real teachers: the embedded one, and a converted .th file."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from clusterq_jax import data, weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
+from clusterq_jax.models import registry
 from clusterq_jax.runtime import evaluation
 from clusterq_jax.weights import teacher
 
@@ -125,3 +128,25 @@ def test_the_embedded_teacher_is_as_good_as_the_readme_says():
   assert images.images.shape == (10_000, 28, 28, 1)
   np.testing.assert_array_equal(np.bincount(images.labels), [1000] * 10)
   assert _top1(loaded, images) == EMBEDDED_TOP1
+
+
+@pytest.mark.parametrize(
+  ('arch', 'side', 'expected'),
+  [
+    ('resnet20', 32, 32),
+    ('resnet50', 224, 256),
+    ('mobilenet_v2', 192, 219),
+    ('efficientnet_lite0', 224, 256),
+    ('efficientnet_lite4', 300, 332),
+  ],
+)
+def test_usual_resize(arch, side, expected):
+  embedded = teacher.load('', teacher.EMBEDDED)
+  resized = dataclasses.replace(
+    embedded,
+    preprocessing=dataclasses.replace(
+      embedded.preprocessing, image_size=(side, side)
+    ),
+    crop=registry.architecture(arch).crop,
+  )
+  assert resized.resize == expected
