@@ -1,8 +1,9 @@
 """Estimates time, memory and disk of a run before its first step.
 
 Every program of the run is compiled first. Each kind of step then runs on a
-state that is thrown away. The rest of a run is counted in steps, whose number
-was measured on the embedded teacher.
+state that is thrown away. The rest of a run is counted in units of the shortest
+step. Those of a forward pass and of the calibration were measured on the
+embedded teacher; the other three are guesses.
 """
 
 import os
