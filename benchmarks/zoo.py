@@ -201,8 +201,6 @@ def main() -> int:
       again = args.again and record.get('reason') and not record.get('refused')
       if has(record, LAST[args.stages]) and not again:
         todo.pop(record['name'], None)
-  # The process of a network ends with this one, also when it is told to stop.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   CONTEXT.set_forkserver_preload(list(_LIBRARIES))
   stages = STAGES[: STAGES.index(LAST[args.stages]) + 1]
   for name, side, _ in list(todo.values())[: args.limit]:
@@ -219,6 +217,8 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+  # The process of a network ends with this one, also when it is told to stop.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     sys.exit(main())
   except KeyboardInterrupt:
