@@ -359,7 +359,7 @@ def _quickly():
 
 _BITS = pytest.mark.parametrize(
   ('bits', 'learned'),
-  [(4, True), pytest.param(8, False, marks=pytest.mark.slow)],
+  [(4, True), pytest.param(8, False, marks=pytest.mark.full)],
 )
 
 

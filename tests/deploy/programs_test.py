@@ -62,11 +62,11 @@ def _student(name, bits, learned):
   [
     *(
       pytest.param(
-        name, False, marks=() if name == 'vgg_bn' else pytest.mark.slow
+        name, False, marks=() if name == 'vgg_bn' else pytest.mark.full
       )
       for name in _NAMES
     ),
-    pytest.param('mobilenet_v3', True, marks=pytest.mark.slow),
+    pytest.param('mobilenet_v3', True, marks=pytest.mark.full),
   ],
 )
 def test_integer_file_of_an_imported_network(name, learned):

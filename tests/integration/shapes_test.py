@@ -54,7 +54,7 @@ def teacher_file(channels, monkeypatch, tmp_path):
   return path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_that_sets_little(
   channels, teacher_file, monkeypatch, tmp_path, capfd
 ):
