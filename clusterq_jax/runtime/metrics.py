@@ -12,6 +12,7 @@ from typing import Any
 
 import tqdm
 
+from clusterq_jax import sharding
 from clusterq_jax.atomic import atomic
 from clusterq_jax.errors import InputError
 
@@ -136,6 +137,8 @@ class Progress:
 class Waiting:
   """Context manager that reports on stderr every 20 s that a call still runs.
 
+  In a distributed run, only the lead process reports.
+
   Args of the constructor:
     what: the call, such as 'compiling student step'.
   """
@@ -152,11 +155,13 @@ class Waiting:
       print(f'{self._what}: {seconds:.0f} s so far', file=sys.stderr)
 
   def __enter__(self) -> None:
-    self._thread.start()
+    if sharding.is_lead():
+      self._thread.start()
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
-    self._thread.join()
+    if self._thread.ident is not None:
+      self._thread.join()
 
 
 def peak_rss_mb() -> float:
