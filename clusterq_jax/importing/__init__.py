@@ -4,9 +4,10 @@ program        a torch.export program as plain data
 pt2_files      reads it from a file, without torch; `tensors` reads its weights
 live           reads it from torch's own object
 translator     walks through its calls; `constants` computes what no image
-               changes, `refusals` says why something cannot be imported
-translate      makes layers of each operator
-passes         rewrite layers until a graph has them
+               changes, `memory` knows what shares it, `refusals` says why
+               something cannot be imported
+operators      makes layers of each operator
+passes         rewrite layers until a graph has them; `classifier` the last
 names          names them
 network        the whole import
 files          writes what was imported as a teacher's file

@@ -11,13 +11,14 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.importing import (
   live,
   names,
+  operators,
   passes,
   pt2_files,
   refusals,
-  translate,
 )
 from clusterq_jax.importing.layer import Layer
 from clusterq_jax.importing.program import Program
+from clusterq_jax.importing.translator import Translator
 from clusterq_jax.models import graph_file
 from clusterq_jax.models.graph import Graph, Node
 
@@ -71,7 +72,9 @@ def import_program(
     program = pt2_files.read(program)
   elif not isinstance(program, Program):
     program = live.read(program, source)
-  layers = passes.run(translate.translate(program), program.source)
+  layers = passes.run(
+    Translator(program, operators.HANDLERS).run(), program.source
+  )
   factor, shift = _take_normalization(layers)
   refusals.check_batch_norms(
     program, sum(layer.op == 'conv_bn' for layer in layers)

@@ -8,9 +8,10 @@ activation does.
 import numpy as np
 
 from clusterq_jax.errors import InputError
+from clusterq_jax.importing import classifier
 from clusterq_jax.importing.layer import Counts, Layer, rewrite
 
-_ONE = ((0, 0), (0, 0))
+_UNPADDED = ((0, 0), (0, 0))
 _CONVS = ('conv', 'conv_bn')
 
 
@@ -18,7 +19,7 @@ def run(layers: list[Layer], source: str) -> list[Layer]:
   """Rewrites layers.
 
   Args:
-    layers: what `translate` returned.
+    layers: what `Translator.run` returned.
     source: what they were read from, for messages.
 
   Returns:
@@ -42,7 +43,9 @@ def run(layers: list[Layer], source: str) -> list[Layer]:
     _fold_act,
   ):
     layers = rewrite(layers, rule)
-  layers = [_final(layer, source) for layer in _head(layers, source)]
+  layers = [
+    _final(layer, source) for layer in classifier.ending(layers, source)
+  ]
   for layer in layers:
     _simplify_padding(layer)
   return layers
@@ -183,7 +186,7 @@ def _depthwise(channels: int) -> dict:
     'features': channels,
     'kernel': (1, 1),
     'groups': channels,
-    'padding': _ONE,
+    'padding': _UNPADDED,
   }
 
 
@@ -243,7 +246,7 @@ def _fold_pad(layer: Layer, counts: Counts) -> Layer:
     return layer
   pad = layer.inputs[0]
   value, more = pad.options['value'], pad.options['padding']
-  own = layer.options.get('padding', _ONE)
+  own = layer.options.get('padding', _UNPADDED)
   if layer.op in _CONVS:
     fits = value == 0
   elif layer.op == 'max_pool':
@@ -253,7 +256,7 @@ def _fold_pad(layer: Layer, counts: Counts) -> Layer:
     fits = (
       layer.op == 'avg_pool'
       and value == 0
-      and (layer.options.get('count_padding', False) or own == _ONE)
+      and (layer.options.get('count_padding', False) or own == _UNPADDED)
     )
     if fits:
       layer.options['count_padding'] = True
@@ -273,102 +276,6 @@ def _fold_act(layer: Layer, counts: Counts) -> Layer:
   if x.op in (*_CONVS, 'add') and 'act' not in x.options and counts[x] == 1:
     x.options['act'] = layer.options['act']
     return x
-  return layer
-
-
-def _head(layers: list[Layer], source: str) -> list[Layer]:
-  """Makes the last layer a dense one."""
-  *layers, output = layers
-  (last,) = output.inputs
-  if last.op == 'conv_bn' and 'act' not in last.options:
-    last = _without_batch_norm(last)
-  pool = last
-  if (
-    last.op == 'global_avg_pool'
-    and _is_pointwise(last.inputs[0])
-    and layers[-1] is last
-    and layers[-2] is last.inputs[0]
-  ):
-    # The mean of a 1x1 convolution is the convolution of the mean.
-    conv = last.inputs[0]
-    pool.inputs, pool.shape = conv.inputs, (conv.inputs[0].shape[0], 1, 1)
-    conv.inputs, conv.shape = [pool], (conv.shape[0], 1, 1)
-    layers[-2:] = [pool, conv]
-    last = conv
-  if _is_dense(last) and layers[-1] is last:
-    kernel = last.arrays['kernel']
-    rows = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
-    last.op, last.options = 'dense', {'features': last.shape[0]}
-    last.arrays = {'kernel': rows, 'bias': last.arrays['bias']}
-  else:
-    _refuse_no_classifier(last, source)
-    # The classifier is followed by other layers: a dense one of ones.
-    layers.append(
-      Layer(
-        'dense',
-        [last],
-        last.shape,
-        {'features': last.shape[0]},
-        {'kernel': np.eye(last.shape[0]), 'bias': np.zeros(last.shape[0])},
-        'logits',
-      )
-    )
-  return layers
-
-
-def _refuse_no_classifier(last: Layer, source: str) -> None:
-  """Refuses a network that ends in features.
-
-  A 1x1 convolution, also of each pixel, can be a classifier. With BatchNorm and
-  an activation after it, it is a layer of the network's body.
-  """
-  layer, acts = last, 0
-  while layer.op in ('act', 'global_avg_pool', 'avg_pool', 'max_pool'):
-    acts += layer.op == 'act'
-    (layer,) = layer.inputs
-  acts += 'act' in layer.options
-  if not (
-    (layer.op == 'conv' and layer.options.get('groups', 1) == 1)
-    or (
-      layer.op == 'conv_bn' and not acts and layer.options.get('groups', 1) == 1
-    )
-    or (layer.op == 'add' and layer.is_vector)
-  ):
-    raise InputError(
-      f'{source}: the network ends in {last.where}, without a classifier '
-      'before it: its result is features, not logits; export it with its head'
-    )
-
-
-def _is_pointwise(layer: Layer) -> bool:
-  return (
-    layer.op == 'conv'
-    and 'act' not in layer.options
-    and layer.options['kernel'] == (1, 1)
-    and layer.options['groups'] == layer.options['strides'] == 1
-    and layer.options['padding'] == _ONE
-  )
-
-
-def _is_dense(layer: Layer) -> bool:
-  return (
-    layer.op == 'conv'
-    and 'act' not in layer.options
-    and layer.options.get('groups', 1) == 1
-    and layer.options['padding'] == _ONE
-    and layer.options['kernel'] == layer.inputs[0].shape[1:]
-  )
-
-
-def _without_batch_norm(layer: Layer) -> Layer:
-  """Folds the BatchNorm of the classifier itself."""
-  a = {k: v.astype(np.float64) for k, v in layer.arrays.items()}
-  gain = a['scale'] / np.sqrt(a['var'] + layer.options.pop('epsilon'))
-  layer.op = 'conv'
-  layer.arrays = {
-    'kernel': a['kernel'] * gain,
-    'bias': a['bias'] - a['mean'] * gain,
-  }
   return layer
 
 
@@ -396,7 +303,7 @@ def _final(layer: Layer, source: str) -> Layer:
         f'{wide}-th column; only equal steps can be imported'
       )
     layer.op = 'max_pool'
-    layer.options = {'kernel': (1, 1), 'strides': high, 'padding': _ONE}
+    layer.options = {'kernel': (1, 1), 'strides': high, 'padding': _UNPADDED}
   elif layer.op == 'pad_channels':
     if _is_even(layer):
       layer.op = 'pad_shortcut'
@@ -412,7 +319,7 @@ def _final(layer: Layer, source: str) -> Layer:
       layer.options = {
         'features': channels,
         'kernel': (1, 1),
-        'padding': _ONE,
+        'padding': _UNPADDED,
       }
   elif layer.op == 'crop':
     (top, bottom), (left, right) = layer.options['margins']

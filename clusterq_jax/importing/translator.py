@@ -4,7 +4,7 @@ A tensor that depends on the image is a `Feature`: the layer that computes it
 and torch's shape of it. A flattened or squeezed map is the same layer under
 another shape, so that flatten, squeeze and view become nothing. All other
 tensors are constants and are computed here (`constants`). What an operator
-means is in `translate`.
+means is in `operators`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 from clusterq_jax.errors import InputError
 from clusterq_jax.importing import constants, refusals
 from clusterq_jax.importing.layer import Layer, Shape, product
+from clusterq_jax.importing.memory import Memory
 from clusterq_jax.importing.program import Call, Program, Ref
 
 _MOST_CALLS = 20_000
@@ -71,12 +72,7 @@ class Translator:
     self.values: dict[str, Value] = {}
     self.call = Call('', {}, ())
     self._computed = 0
-    # What a result shares memory with: the first name, and all names, by it.
-    self._memory: dict[str, str] = {}
-    self._sharing: dict[str, list[str]] = {}
-    # Names of one and the same tensor, before and after calls in place.
-    self._twins: dict[str, list[str]] = {}
-    self._overwritten: dict[str, Call] = {}
+    self._memory = Memory()
 
   # --- Operands of the current call -----------------------------------------
 
@@ -91,8 +87,7 @@ class Translator:
 
   def _resolve(self, value: Any) -> Any:
     if isinstance(value, Ref):
-      if value.name in self._overwritten:
-        writer = self._overwritten[value.name]
+      if writer := self._memory.writer(value.name):
         self.refuse(
           f'it reads a result that {writer.where} has overwritten in place; '
           'set inplace=False there'
@@ -311,10 +306,13 @@ class Translator:
       self._keep(results)
     else:
       self.refuse(refusals.why(call.target))
+    if (name := self._own()) is None:
+      return
     if in_place:
-      self._overwrite()
+      for twin in self._memory.overwrite(name, call):
+        self.values[twin] = self.values[call.outputs[0]]
     elif op in _VIEWS:
-      self._share()
+      self._memory.share(name, call)
 
   def _fold(self, op: str, operands: dict[str, Any]) -> None:
     if len(self.call.outputs) != 1:
@@ -346,31 +344,6 @@ class Translator:
     """Returns the name of the tensor whose memory the call returns."""
     ref = self.call.operands.get(self.first())
     return ref.name if isinstance(ref, Ref) else None
-
-  def _share(self) -> None:
-    """Notes that the results share the memory of the operand."""
-    if (name := self._own()) is not None:
-      memory = self._memory.get(name, name)
-      self._memory |= dict.fromkeys(self.call.outputs, memory)
-      self._sharing.setdefault(memory, [memory]).extend(self.call.outputs)
-
-  def _overwrite(self) -> None:
-    """Gives the operand of an in-place call its new value.
-
-    What else shares its memory, such as a part of it, has changed too, in a way
-    that is not followed: it must not be read any more.
-    """
-    if (name := self._own()) is not None:
-      memory = self._memory.get(name, name)
-      stale = self._sharing.get(memory, [])
-      self._overwritten |= dict.fromkeys(stale, self.call)
-      twins = [*self._twins.get(name, [name]), *self.call.outputs]
-      for twin in twins:
-        self.values[twin] = self.values[self.call.outputs[0]]
-        self._overwritten.pop(twin, None)
-      self._twins |= dict.fromkeys(twins, twins)
-      self._memory |= dict.fromkeys(twins, memory)
-      self._sharing[memory] = [memory, *twins]
 
 
 def _depends(value: Any) -> bool:
