@@ -13,9 +13,10 @@ from clusterq_jax.deploy.integer import (
   Weights,
   window_share,
 )
-from clusterq_jax.layers import float_layers
+from clusterq_jax.layers import functions
 from clusterq_jax.models import protocol
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import quantizers
 from clusterq_jax.quant.plan import Plan
@@ -97,7 +98,7 @@ def _clipped(grid: Grid, node: Node) -> Grid:
   if node.act in protocol.CLIPPING:
     low = max(low, grid.zero)
   if node.act == 'relu6':
-    six = int(np.rint(np.float32(float_layers.RELU6) / grid.step))
+    six = int(np.rint(np.float32(functions.RELU6) / grid.step))
     high = min(high, grid.zero + six)
   return grid._replace(low=low, high=high)
 

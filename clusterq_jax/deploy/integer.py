@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clusterq_jax.layers import float_layers
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.layers import functions
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.ops import convolution
 
@@ -216,7 +217,7 @@ def _conv(layer: Layer, x: jax.Array) -> jax.Array:
 
 def _dense(layer: Layer, x: jax.Array) -> jax.Array:
   multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-  sums = weighted_sums(layer, float_layers.flatten(x), multiply)
+  sums = weighted_sums(layer, functions.flatten(x), multiply)
   return sums.astype(jnp.float32) * layer.multiplier
 
 
@@ -247,21 +248,21 @@ def _slice(layer: Layer, x: jax.Array) -> jax.Array:
 
 
 def _shuffle(layer: Layer, x: jax.Array) -> jax.Array:
-  return float_layers.shuffle(x, layer.node.groups)
+  return functions.shuffle(x, layer.node.groups)
 
 
 def _pad(layer: Layer, x: jax.Array) -> jax.Array:
-  return float_layers.pad(x, layer.node.padding, layer.sources[0].zero)
+  return functions.pad(x, layer.node.padding, layer.sources[0].zero)
 
 
 def _resize(layer: Layer, x: jax.Array) -> jax.Array:
-  return float_layers.resize(x, layer.node.factor)
+  return functions.resize(x, layer.node.factor)
 
 
 def _pad_shortcut(layer: Layer, x: jax.Array) -> jax.Array:
   node, zero = layer.node, layer.sources[0].zero
   assert node.features is not None
-  return float_layers.pad_channels(x, node.features, node.strides, zero)
+  return functions.pad_channels(x, node.features, node.strides, zero)
 
 
 def _windows(

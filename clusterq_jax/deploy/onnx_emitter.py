@@ -8,7 +8,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from clusterq_jax.deploy import tables
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.ops import convolution
 

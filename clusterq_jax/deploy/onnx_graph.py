@@ -23,7 +23,7 @@ from onnx import TensorProto
 
 from clusterq_jax.deploy import fold, integer
 from clusterq_jax.deploy.onnx_emitter import Emitter
-from clusterq_jax.layers import float_layers
+from clusterq_jax.layers import functions
 from clusterq_jax.models import protocol
 from clusterq_jax.models.graph import Graph
 from clusterq_jax.models.preprocessing import Preprocessing
@@ -73,7 +73,7 @@ class _Float(Emitter):
 
   def _clip(self, node, x, output):
     if node.act == 'relu6':
-      ends = [self.shared(np.float32(end)) for end in (0, float_layers.RELU6)]
+      ends = [self.shared(np.float32(end)) for end in (0, functions.RELU6)]
       self.node('Clip', [x, *ends], output)
     else:
       self.node('Relu' if node.act == 'relu' else 'Identity', [x], output)

@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from clusterq_jax.deploy.integer import Grid
-from clusterq_jax.layers import float_layers
-from clusterq_jax.models.graph import Node
+from clusterq_jax.layers import functions
+from clusterq_jax.models.node import Node
 from clusterq_jax.models.preprocessing import Preprocessing
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -104,10 +104,10 @@ def activation(
 
 
 def _activate(node: Node, x: np.ndarray) -> np.ndarray:
-  """Computes `float_layers.activate`, for float32 x of any shape."""
+  """Computes `functions.activate`, for float32 x of any shape."""
   act, exact = node.act, x.astype(np.float64)
   if act in ('relu', 'relu6'):
-    return np.clip(x, 0, float_layers.RELU6 if act == 'relu6' else None)
+    return np.clip(x, 0, functions.RELU6 if act == 'relu6' else None)
   if act == 'leaky_relu':
     return np.where(x < 0, x * np.float32(node.slope), x)
   if act == 'elu':

@@ -20,7 +20,7 @@ class Layer:
       before and after), 'output'.
     inputs: the layers that it reads.
     shape: shape of its output.
-    options: fields of its `graph.Node`, or of the op that a pass removes.
+    options: fields of its `node.Node`, or of the op that a pass removes.
     arrays: its variables by leaf, kernels [kh, kw, I / groups, O].
     name: name that the layer should get.
     where: the operator and the module that it comes from, for messages.

@@ -20,7 +20,8 @@ from clusterq_jax.importing.layer import Layer
 from clusterq_jax.importing.program import Program
 from clusterq_jax.importing.translator import Translator
 from clusterq_jax.models import graph_file
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 
 _STATISTICS = ('mean', 'var')
 

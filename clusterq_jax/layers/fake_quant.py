@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from clusterq_jax.layers import float_layers
+from clusterq_jax.layers import float_layers, functions
 from clusterq_jax.models import protocol
 from clusterq_jax.ops import channels, convolution
 from clusterq_jax.ops.moments import (
@@ -148,7 +148,7 @@ class QuantConvBN(_Quantized, float_layers.BatchNormBase):
       scale, bias = self._corrected(h, scale, bias, mean.value, var.value)
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
     h = channels.scale_and_shift(h, gain, bias - mean.value * gain)
-    return self.quantize_output(float_layers.activate(h, self.act))
+    return self.quantize_output(functions.activate(h, self.act))
 
   def _corrected(self, h, scale, bias, mean, var):
     """Computes the gain and bias that restore the statistics in `targets`.
@@ -202,7 +202,7 @@ class QuantConv(_Quantized, float_layers.ConvBase):
       shift = target.mean - batch_statistics(sample_moments(h)).mean
       self.put_variable('params', 'bias', bias + shift)
       h += shift
-    return self.quantize_output(float_layers.activate(h, self.act))
+    return self.quantize_output(functions.activate(h, self.act))
 
 
 class QuantPReLU(_Quantized, float_layers.PReLU):
@@ -226,7 +226,7 @@ class QuantDense(_Quantized):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Flattens x to [B, I] and maps it to [B, O]."""
-    x = float_layers.flatten(x)
+    x = functions.flatten(x)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )

@@ -11,157 +11,20 @@ References:
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clusterq_jax.layers import functions
 from clusterq_jax.models import protocol
 from clusterq_jax.models.graph import Graph
 from clusterq_jax.ops import convolution
 from clusterq_jax.ops.moments import Moments, sample_moments
 
-RELU6 = 6.0
 _PRETRAIN_MOMENTUM = 0.9  # decay of the moving averages, per step
 _MOST_PATCHES = 2**27  # numbers that `ConvBase.patches` returns
-
-
-def activate(
-  x: jax.Array,
-  act: protocol.Activation | None,
-  slope: float | jax.Array = protocol.SLOPE,
-) -> jax.Array:
-  """Applies an activation with torch's definition; None returns x.
-
-  Args:
-    x: array of any shape.
-    act: name of the activation.
-    slope: slope of leaky_relu and prelu below zero ([C] for prelu), or elu's
-      limit.
-  """
-  if act is None:
-    return x
-  if act in ('leaky_relu', 'prelu'):
-    return jnp.where(x > 0, x, x * slope)
-  if act == 'elu':
-    return jax.nn.elu(x, slope)
-  return _ACTIVATIONS[act](x)
-
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  'relu': jax.nn.relu,
-  'relu6': lambda x: jnp.clip(x, 0, RELU6),
-  'sigmoid': jax.nn.sigmoid,
-  'tanh': jnp.tanh,
-  'hard_sigmoid': lambda x: jnp.clip(x + 3, 0, RELU6) / RELU6,
-  'hard_swish': lambda x: x * (jnp.clip(x + 3, 0, RELU6) / RELU6),
-  'gelu': functools.partial(jax.nn.gelu, approximate=False),
-  'gelu_tanh': jax.nn.gelu,
-}
-
-
-def pad_channels(
-  x: jax.Array, features: int, strides: int, zero: int = 0
-) -> jax.Array:
-  """Subsamples pixels and pads channels on both sides.
-
-  Args:
-    x: [B, H, W, C].
-    features: number of output channels.
-    strides: distance in pixels between kept pixels, in both directions.
-    zero: value of the new channels.
-
-  Returns:
-    [B, ceil(H / strides), ceil(W / strides), features].
-  """
-  before = (features - x.shape[-1]) // 2
-  after = features - x.shape[-1] - before
-  x = x[:, ::strides, ::strides]
-  return jnp.pad(
-    x, ((0, 0), (0, 0), (0, 0), (before, after)), constant_values=zero
-  )
-
-
-def _pads(x, kernel, strides, padding):
-  size = convolution.window(kernel)
-  return size, convolution.explicit(x.shape[1:3], size, strides, padding)
-
-
-def max_pool(
-  x: jax.Array,
-  kernel: protocol.Window,
-  strides: int,
-  padding: protocol.Padding,
-) -> jax.Array:
-  """Returns the largest value of each window.
-
-  Args:
-    x: [B, H, W, C].
-    kernel: size of the window in pixels.
-    strides: step in both directions in pixels.
-    padding: see `convolution.Padding`; padding is never the largest.
-  """
-  size, pads = _pads(x, kernel, strides, padding)
-  return nn.max_pool(x, size, (strides, strides), pads)
-
-
-def avg_pool(
-  x: jax.Array,
-  kernel: protocol.Window,
-  strides: int,
-  padding: protocol.Padding = 0,
-  count_padding: bool = False,
-) -> jax.Array:
-  """Returns the mean of each window.
-
-  Args:
-    x: [B, H, W, C].
-    kernel: size of the window in pixels.
-    strides: step in both directions in pixels.
-    padding: see `convolution.Padding`.
-    count_padding: whether padded zeros count.
-  """
-  size, pads = _pads(x, kernel, strides, padding)
-  return nn.avg_pool(
-    x, size, (strides, strides), pads, count_include_pad=count_padding
-  )
-
-
-def pad(x: jax.Array, padding: protocol.Padding, zero: int = 0) -> jax.Array:
-  """Puts zeros around a map.
-
-  Args:
-    x: [B, H, W, C].
-    padding: see `convolution.Padding`.
-    zero: value of the new pixels.
-  """
-  _, pads = _pads(x, 1, 1, padding)
-  return jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=zero)
-
-
-def shuffle(x: jax.Array, groups: int) -> jax.Array:
-  """Transposes channels [groups, n] to [n, groups]; x is [B, H, W, C]."""
-  split = x.reshape(*x.shape[:-1], groups, -1)
-  return split.swapaxes(-1, -2).reshape(x.shape)
-
-
-def resize(x: jax.Array, factor: int) -> jax.Array:
-  """Repeats each pixel of x [B, H, W, C], factor x factor times."""
-  return x.repeat(factor, 1).repeat(factor, 2)
-
-
-def flatten(x: jax.Array) -> jax.Array:
-  """Flattens in torch's order: channel, row, column.
-
-  Args:
-    x: [B, C] or [B, H, W, C].
-
-  Returns:
-    [B, C] or [B, C * H * W].
-  """
-  return jax.lax.collapse(jnp.moveaxis(x, -1, 1), 1)
 
 
 class ConvVariables(NamedTuple):
@@ -300,7 +163,7 @@ class ConvBN(BatchNormBase):
         for stored, new in ((mean, m), (var, v)):
           stored.value += (1 - _PRETRAIN_MOMENTUM) * (new - stored.value)
     gain = scale * jax.lax.rsqrt(v + self.epsilon)
-    return activate(h * gain + (bias - m * gain), self.act)
+    return functions.activate(h * gain + (bias - m * gain), self.act)
 
 
 class Conv(ConvBase):
@@ -319,7 +182,7 @@ class Conv(ConvBase):
     h = self.convolve(x, kernel) + bias
     if self.taps:
       self.tap(h)
-    return activate(h, self.act)
+    return functions.activate(h, self.act)
 
 
 class PReLU(nn.Module):
@@ -333,7 +196,9 @@ class PReLU(nn.Module):
   def activate(self, x: jax.Array) -> jax.Array:
     """Declares the slope and applies the activation to x [B, H, W, C]."""
     constant = nn.initializers.constant(0.25)  # torch's
-    return activate(x, 'prelu', self.param('slope', constant, x.shape[-1:]))
+    return functions.activate(
+      x, 'prelu', self.param('slope', constant, x.shape[-1:])
+    )
 
 
 class Dense(nn.Module):
@@ -348,7 +213,7 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Flattens x to [B, I] and maps it to [B, O]."""
-    x = flatten(x)
+    x = functions.flatten(x)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )
@@ -379,7 +244,7 @@ def layer_set(
   def act(act, slope=protocol.SLOPE, *, name):
     if act == 'prelu':
       return PReLU(name=name)
-    return functools.partial(activate, act=act, slope=slope)
+    return functools.partial(functions.activate, act=act, slope=slope)
 
   return protocol.LayerSet(
     input=no_weights(lambda x: x),
@@ -387,16 +252,16 @@ def layer_set(
     conv=functools.partial(Conv, taps=tap, dtype=dtype),
     dense=Dense,
     act=act,
-    add=no_weights(lambda x, y, act=None: activate(x + y, act)),
+    add=no_weights(lambda x, y, act=None: functions.activate(x + y, act)),
     mul=no_weights(lambda x, y: x * y),
     concat=no_weights(lambda *inputs: jnp.concatenate(inputs, -1)),
     slice=no_weights(lambda x, start, stop: x[..., start:stop]),
-    shuffle=no_weights(shuffle),
-    pad=no_weights(pad),
-    pad_shortcut=no_weights(pad_channels),
-    resize=no_weights(resize),
-    max_pool=no_weights(max_pool),
-    avg_pool=no_weights(avg_pool),
+    shuffle=no_weights(functions.shuffle),
+    pad=no_weights(functions.pad),
+    pad_shortcut=no_weights(functions.pad_channels),
+    resize=no_weights(functions.resize),
+    max_pool=no_weights(functions.max_pool),
+    avg_pool=no_weights(functions.avg_pool),
     global_avg_pool=no_weights(lambda x: jnp.mean(x, (1, 2), keepdims=True)),
   )
 

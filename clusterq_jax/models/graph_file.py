@@ -22,7 +22,8 @@ from flax import linen as nn
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import protocol
-from clusterq_jax.models.graph import OPTIONS, Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import OPTIONS, Node
 
 VERSION = 1
 _MOST_TEXT = 2**24  # characters

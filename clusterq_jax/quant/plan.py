@@ -28,7 +28,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 from clusterq_jax.quant import numerics
 
 WIDE_BITS = 8

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from clusterq_jax.deploy.student import Student
-from clusterq_jax.layers import fake_quant, float_layers
+from clusterq_jax.layers import fake_quant, float_layers, functions
 from clusterq_jax.method.centroids import RawMoments
 from clusterq_jax.quant import quantizers
 from clusterq_jax.weights.teacher import Teacher
@@ -62,7 +62,7 @@ def pooled_features(
     def note(call, args, kwargs, context):
       name = context.module.name
       if name == classifier and context.method_name == '__call__':
-        seen[classifier] = float_layers.flatten(args[0])
+        seen[classifier] = functions.flatten(args[0])
       return call(*args, **kwargs)
 
     x = teacher.preprocessing.normalize(pixels)

@@ -18,7 +18,8 @@ import pytest
 from clusterq_jax.deploy import fold, integer
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.models import network as network_lib
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.quant import numerics, quantizers
 from clusterq_jax.quant import plan as plan_lib

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clusterq_jax.layers import fake_quant, float_layers
+from clusterq_jax.layers import fake_quant, float_layers, functions
 from clusterq_jax.models import graph as graph_lib
 from clusterq_jax.models import registry
 from clusterq_jax.ops.moments import Moments
@@ -54,7 +54,7 @@ def test_pretraining_moves_the_statistics(image):
 @pytest.mark.parametrize(('channels', 'features'), [(2, 4), (3, 6), (1, 4)])
 def test_pad_shortcut(channels, features):
   x = np.random.RandomState(0).randn(2, 5, 4, channels).astype(np.float32)
-  y = np.asarray(float_layers.pad_channels(x, features, 2))
+  y = np.asarray(functions.pad_channels(x, features, 2))
   assert y.shape == (2, 3, 2, features)
   before = (features - channels) // 2
   np.testing.assert_array_equal(
@@ -65,7 +65,7 @@ def test_pad_shortcut(channels, features):
 
 @pytest.mark.parametrize(('kernel', 'strides'), [(2, 2), (3, 2), (4, 1)])
 def test_avg_pool(image, kernel, strides):
-  y = float_layers.avg_pool(image, kernel, strides)
+  y = functions.avg_pool(image, kernel, strides)
   windows = np.lib.stride_tricks.sliding_window_view(
     np.float64(image), (kernel, kernel), (1, 2)
   )

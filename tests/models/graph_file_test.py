@@ -6,7 +6,8 @@ import pytest
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import graph_file, registry
-from clusterq_jax.models.graph import Graph, Node, trace
+from clusterq_jax.models.graph import Graph, trace
+from clusterq_jax.models.node import Node
 
 _EVERY_OP = Graph(
   (

@@ -8,6 +8,7 @@ from flax import linen as nn
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models import graph as graph_lib
 from clusterq_jax.models import protocol, registry
+from clusterq_jax.models.node import Node
 
 
 def test_graph_order_is_the_order_of_execution():
@@ -33,7 +34,7 @@ def test_graph_order_is_the_order_of_execution():
 def test_wiring_of_a_block():
   graph = graph_lib.trace(registry.builder('resnet20', num_classes=10))
   nodes = {node.name: node for node in graph.nodes}
-  assert nodes['stage2_block1_add'] == graph_lib.Node(
+  assert nodes['stage2_block1_add'] == Node(
     'stage2_block1_add',
     'add',
     ('stage2_block1_shortcut', 'stage2_block1_conv2'),

@@ -7,6 +7,7 @@ import pytest
 from clusterq_jax.layers import float_layers
 from clusterq_jax.models import graph as graph_lib
 from clusterq_jax.models import registry
+from clusterq_jax.models.node import Node
 from clusterq_jax.quant import plan
 
 _STAGES = [(stage, block) for stage in (1, 2, 3) for block in (1, 2, 3)]
@@ -74,13 +75,13 @@ def test_weight_bits(shortcut, count):
 
 def test_signs_follow_the_activation():
   nodes = (
-    graph_lib.Node('image', 'input', ()),
-    graph_lib.Node('linear', 'conv_bn', ('image',)),
-    graph_lib.Node('pad', 'pad_shortcut', ('linear',)),
-    graph_lib.Node('sum', 'add', ('pad', 'linear')),
-    graph_lib.Node('windows', 'avg_pool', ('sum',)),
-    graph_lib.Node('pool', 'global_avg_pool', ('windows',)),
-    graph_lib.Node('logits', 'dense', ('pool',)),
+    Node('image', 'input', ()),
+    Node('linear', 'conv_bn', ('image',)),
+    Node('pad', 'pad_shortcut', ('linear',)),
+    Node('sum', 'add', ('pad', 'linear')),
+    Node('windows', 'avg_pool', ('sum',)),
+    Node('pool', 'global_avg_pool', ('windows',)),
+    Node('logits', 'dense', ('pool',)),
   )
   bits = plan.Bits(4, 4, 4, 4, 'integer')
   assert _found(plan.make_plan(graph_lib.Graph(nodes), bits, False, 1.0)) == {
@@ -114,7 +115,7 @@ def test_weight_bytes():
 
 
 def test_a_concat_quantizes_what_feeds_only_it():
-  node = graph_lib.Node
+  node = Node
   nodes = (
     node('image', 'input', ()),
     node('part', 'slice', ('image',), stop=2),

@@ -9,6 +9,7 @@ from benchmarks import forecast as fitting
 from clusterq_jax.models import graph as graph_lib
 from clusterq_jax.models import registry
 from clusterq_jax.models.graph import trace
+from clusterq_jax.models.node import Node
 from clusterq_jax.report import closing_table as report
 from clusterq_jax.runtime import forecast
 
@@ -75,8 +76,8 @@ def test_networks_like_those_of_the_fit(arch, image_size, num_classes):
 def test_a_network_unlike_those_of_the_fit(coefficients):
   graph = _graph('resnet20')
   first, *rest = graph.nodes
-  gate = graph_lib.Node('gate', 'mul', ('input', 'input'))
-  swish = graph_lib.Node('swish', 'act', ('gate',), act='hard_swish')
+  gate = Node('gate', 'mul', ('input', 'input'))
+  swish = Node('swish', 'act', ('gate',), act='hard_swish')
   odd = graph_lib.Graph((first, gate, swish, *rest))
   found = forecast.unlike(odd, (299, 299), 3)
   assert found == ['hard_swish', 'mul', '299x299 pixels', '3 classes']

@@ -9,7 +9,8 @@ import safetensors.numpy
 from clusterq_jax import weights
 from clusterq_jax.errors import InputError
 from clusterq_jax.models import graph_file
-from clusterq_jax.models.graph import Graph, Node
+from clusterq_jax.models.graph import Graph
+from clusterq_jax.models.node import Node
 from clusterq_jax.weights import files, graph_weights, teacher
 
 _NODES = (
