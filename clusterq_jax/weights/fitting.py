@@ -46,7 +46,14 @@ def load(path: str | os.PathLike[str], arch: str, entry: str = '') -> Loaded:
     layouts.known(arch)  # refuses an unknown one before any reading
   entries, metadata = files.read_entries(path)
   if 'graph' in metadata:
-    return graph_weights.load(path, entries[0].read(), metadata)
+    loaded = graph_weights.load(path, entries[0].read(), metadata)
+    if arch in ('', metadata.get('arch')):
+      return loaded
+    note = (
+      f'{path}: the network is the one in the file; '
+      f'config.teacher.arch={arch} is not used.'
+    )
+    return dataclasses.replace(loaded, notes=(*loaded.notes, note))
   if not arch:
     raise InputError(
       f'{path}: carries no graph of its network: convert it first, see '

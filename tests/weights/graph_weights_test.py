@@ -53,7 +53,15 @@ def path(request, tmp_path):
   return path
 
 
+def test_an_architecture_that_is_not_used_is_named(path):
+  loaded = weights.load(path, 'resnet18')
+  assert loaded.graph.nodes == _NODES
+  (note,) = loaded.notes
+  assert 'config.teacher.arch=resnet18 is not used' in note
+
+
 def test_comes_back_without_a_name(path):
+  assert weights.load(path, '').notes == ()
   loaded = teacher.load('', str(path))
   assert loaded.graph.nodes == _NODES
   assert loaded.preprocessing.image_size == (8, 6)
