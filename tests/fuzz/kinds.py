@@ -25,6 +25,7 @@ from clusterq_jax import convert, data
 from clusterq_jax import main as main_lib
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.errors import InputError
+from clusterq_jax.layers import float_layers
 from clusterq_jax.modes import quantize
 from clusterq_jax.runtime import evaluation, reuse
 from clusterq_jax.weights import teacher
@@ -86,9 +87,30 @@ def _student(random: Random, seeds: Seeds, folder) -> None:
   file = folder / student_lib.FILE
   mutate = pick(random, (damage, weight_files.header, weight_files.contents))
   file.write_bytes(mutate(random, seeds.student))
+  _load_student(folder)
+
+
+def _load_student(folder: pathlib.Path) -> None:
   student = student_lib.load(folder)
   images = jax.ShapeDtypeStruct((2, *student.preprocessing.shape), np.uint8)
   jax.eval_shape(student.logits, images)
+
+
+def _teacher_graph(random: Random, seeds: Seeds, folder) -> None:
+  file = folder / 'a.safetensors'
+  mutate = weight_files.graph if random.integers(4) else weight_files.header
+  file.write_bytes(mutate(random, seeds.imported))
+  loaded = teacher.load('', str(file))
+  network = loaded.build(float_layers.layer_set())
+  images = jax.ShapeDtypeStruct((2, *loaded.preprocessing.shape), np.float32)
+  jax.eval_shape(network.apply, loaded.variables, images)
+
+
+def _student_graph(random: Random, seeds: Seeds, folder) -> None:
+  (folder / student_lib.FILE).write_bytes(
+    weight_files.graph(random, seeds.student)
+  )
+  _load_student(folder)
 
 
 def _program(release: str, random: Random, seeds: Seeds, folder) -> None:
@@ -276,13 +298,15 @@ def _stored(random: Random, seeds: Seeds, folder) -> None:
 
 
 KINDS: dict[str, Callable[[Random, Seeds, pathlib.Path], None]] = {
+  'program .pt2': functools.partial(_program, '2.13'),
+  'program .pt2, pickled': functools.partial(_program, '2.7'),
+  'graph of a teacher': _teacher_graph,
+  'graph of a student': _student_graph,
   'weights .safetensors': functools.partial(_weights, '.safetensors'),
   'weights .npz': functools.partial(_weights, '.npz'),
   'weights .pth, zip': functools.partial(_pth, True),
   'weights .pth, pickle': functools.partial(_pth, False),
   'student.safetensors': _student,
-  'program .pt2': functools.partial(_program, '2.13'),
-  'program .pt2, pickled': functools.partial(_program, '2.7'),
   'images .npz': _images_npz,
   'images .png': functools.partial(_folder, 'PNG'),
   'images .jpeg': functools.partial(_folder, 'JPEG'),
@@ -293,6 +317,10 @@ KINDS: dict[str, Callable[[Random, Seeds, pathlib.Path], None]] = {
 }
 if seeds_lib.torch is None:
   KINDS = {k: v for k, v in KINDS.items() if '.pth' not in k}
+
+
+# Those that describe a network; the others hold arrays, images or a config.
+NETWORKS = tuple(k for k in KINDS if k.startswith(('program', 'graph')))
 
 
 def kind_of(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clusterq_jax import weights
+from clusterq_jax import importing, weights
 from clusterq_jax.config import resolve
 from clusterq_jax.deploy import student as student_lib
 from clusterq_jax.models import registry
@@ -84,6 +84,11 @@ class Seeds:
     self.loaded = session_lib.load_teacher(self.resolved)
     self._write_student(folder / student_lib.FILE)
     self.student = (folder / student_lib.FILE).read_bytes()
+    imported = importing.import_program(_PROGRAMS / 'release_2.13.pt2')
+    importing.write(
+      imported, folder / 'imported.safetensors', mean=(0.5,) * 3, std=(0.3,) * 3
+    )
+    self.imported = (folder / 'imported.safetensors').read_bytes()
     pixels = random.integers(0, 256, (6, SIDE, SIDE, 3), np.uint8)
     labels = np.arange(6) % CLASSES
     self.images = _saved(np.savez_compressed, images=pixels, labels=labels)

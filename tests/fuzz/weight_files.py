@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from clusterq_jax.models.node import OPTIONS
 from tests.fuzz import mutations
 from tests.fuzz.mutations import Random, pick
 
@@ -73,6 +74,55 @@ def contents(random: Random, raw: bytes) -> bytes:
     )
     tensors[key] = np.ascontiguousarray(odd(tensors[key]))
   return safetensors.numpy.save(tensors, metadata)
+
+
+def graph(random: Random, raw: bytes) -> bytes:
+  """Changes one or two places of the graph in a safetensors file."""
+  size = int.from_bytes(raw[:8], 'little')
+  fields = json.loads(raw[8 : 8 + size])
+  metadata = fields['__metadata__']
+  whole = json.loads(metadata['graph'])
+  for _ in range(pick(random, [1, 1, 1, 2])):
+    whole = _change_graph(random, whole)
+  metadata['graph'] = json.dumps(whole)
+  text = json.dumps(fields).encode()
+  return len(text).to_bytes(8, 'little') + text + raw[8 + size :]
+
+
+def _change_graph(random: Random, whole: Any) -> Any:
+  """Changes one node, the order of nodes, or anything."""
+  nodes = whole.get('nodes') if isinstance(whole, dict) else None
+  if not isinstance(nodes, list) or not nodes or not random.integers(8):
+    return mutations.change_json(random, whole)
+  i = int(random.integers(len(nodes)))
+  j = int(random.integers(max(i, 1)))  # before it
+  if not (isinstance(nodes[i], dict) and isinstance(nodes[j], dict)):
+    return whole
+  node = nodes[i]
+  fields = OPTIONS.get(str(node.get('op')), ())
+  field = pick(random, (*fields, 'name', 'inputs', 'op'))
+  changed = pick(
+    random,
+    [
+      lambda: mutations.change_json(random, node),
+      lambda: {**node, field: pick(random, mutations.VALUES)},
+      lambda: {**node, field: int(random.integers(1, 5))},
+      lambda: {**node, field: [int(n) for n in random.integers(1, 4, 2)]},
+      lambda: {**node, 'act': pick(random, ['relu', 'gelu', None])},
+      lambda: {**node, 'op': nodes[j].get('op')},
+      lambda: {**node, 'inputs': nodes[j].get('inputs')},
+      lambda: {**node, 'inputs': [nodes[j].get('name')]},
+      lambda: {**nodes[j], 'name': node.get('name')},
+      lambda: nodes[j],
+      lambda: None,
+    ],
+  )()
+  nodes = [*nodes[:i], *([] if changed is None else [changed]), *nodes[i + 1 :]]
+  if not random.integers(8):
+    nodes = nodes[j:] + nodes[:j]
+  elif not random.integers(8):
+    nodes = nodes * int(pick(random, [2, 100, 10_000]))
+  return {**whole, 'nodes': nodes}
 
 
 def npy(random: Random, raw: bytes) -> bytes:
