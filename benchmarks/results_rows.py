@@ -252,9 +252,16 @@ def zoo_outcomes() -> list[Record]:
 
 
 def zoo_reasons() -> list[Record]:
-  """Makes a row for each network that stopped before its last stage."""
-  return [
-    r | {'outcome': zoo_lib.outcome(r), 'reason': r['reason'].replace('|', '/')}
-    for r in records.read('zoo')
-    if r.get('reason')
-  ]
+  """Makes a row for each network that stopped early or has no parity."""
+  rows = []
+  for record in records.read('zoo'):
+    reason = record.get('reason', '').replace('|', '/')
+    if record.get('torch_rounding'):
+      reason = (
+        f'differs by {record["parity"]:.1e}; torch in float32 differs from '
+        f'torch in float64 by {record["torch_rounding"]:.1e}'
+      )
+    if reason:
+      outcome = zoo_lib.outcome(record)
+      rows.append(record | {'outcome': outcome, 'reason': reason})
+  return rows

@@ -14,6 +14,15 @@ def ending(layers: list[Layer], source: str) -> list[Layer]:
   (last,) = output.inputs
   if last.op == 'conv_bn' and 'act' not in last.options:
     last = _without_batch_norm(last)
+  if last.op == 'affine' and last.is_vector and layers[-1] is last:
+    # The mean of two heads, say.
+    _refuse_no_classifier(last.inputs[0], source)
+    last.op, last.options = 'dense', {'features': last.shape[0]}
+    last.arrays = {
+      'kernel': np.diag(last.arrays['factor']),
+      'bias': last.arrays['shift'],
+    }
+    return layers
   pool = last
   if (
     last.op == 'global_avg_pool'

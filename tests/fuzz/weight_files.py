@@ -121,7 +121,7 @@ def _change_graph(random: Random, whole: Any) -> Any:
   if not random.integers(8):
     nodes = nodes[j:] + nodes[:j]
   elif not random.integers(8):
-    nodes = nodes * int(pick(random, [2, 100, 10_000]))
+    nodes = (nodes * int(pick(random, [2, 100, 10_000])))[:100_000]
   return {**whole, 'nodes': nodes}
 
 
