@@ -155,7 +155,7 @@ def outcome(record: Record) -> str:
     return 'refused'
   if record.get('reason'):
     return f'fails in {record["stage"]}'
-  if record['parity'] > PARITY:
+  if not record['parity'] <= PARITY:  # also if it is NaN
     return 'no parity'
   if 'exact' not in record:
     return 'imported' if record['stage'] == 'parity' else 'student'

@@ -66,7 +66,10 @@ class Job:
     torch.export.save(program, self.program)
     logits = _only_tensor(logits).numpy()
     images = x.numpy().transpose(0, 2, 3, 1)
-    np.savez(self.answers, images=images, logits=logits)
+    # A process that is stopped here must not leave half a file.
+    new = self.answers.with_suffix('.new.npz')
+    np.savez(new, images=images, logits=logits)
+    new.replace(self.answers)
     yield {'export_cpu_s': round(time.process_time(), 1)}
 
   def load(self) -> Stage:
@@ -87,9 +90,9 @@ class Job:
     with np.load(self.answers) as file:
       images, expected = file['images'], file['logits']
     found = importing.logits(self.imported, images)
-    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    difference = importing.difference(found, expected)
     yield {'parity': float(f'{difference:.2g}')}
-    if difference > zoo.PARITY:
+    if not difference <= zoo.PARITY:
       yield {'torch_rounding': self._torch_rounding(images, expected)}
 
   def _torch_rounding(self, images: np.ndarray, single: np.ndarray) -> float:
@@ -99,8 +102,8 @@ class Job:
     network = torch.export.load(self.program).module().double()
     with torch.no_grad():
       double = network(torch.tensor(images.transpose(0, 3, 1, 2)).double())
-    double = _only_tensor(double).numpy()
-    return float(f'{np.abs(single - double).max() / np.abs(double).max():.2g}')
+    rounding = importing.difference(single, _only_tensor(double).numpy())
+    return float(f'{rounding:.2g}')
 
   def student(self) -> Stage:
     """Makes the student; says how far its logits are from the teacher's."""

@@ -132,6 +132,11 @@ def import_network(
   size = known.pop('image_size', None)
   report = []
   if arch is None:
+    if entry:
+      raise InputError(
+        f'--entry={entry}: {source} is a program, which has no entries; leave '
+        'it out'
+      )
     imported = importing.import_program(source)
     h, w, _ = imported.graph.image_shape or (0, 0, 0)
     if size not in (None, (h, w)):

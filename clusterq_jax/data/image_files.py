@@ -70,7 +70,11 @@ class ImageFiles:
         _check_pixels(file.size)
         image = _eight_bits(file).convert('L' if channels == 1 else 'RGB')
       if self.resize:
-        scale = self.resize / min(image.size)
+        # The crop's shorter side decides; its longer side has to fit as well.
+        scale = max(
+          self.resize * side / min(height, width) / size
+          for side, size in zip((width, height), image.size, strict=True)
+        )
         size = (round(image.width * scale), round(image.height * scale))
         _check_pixels(size)
         image = image.resize(size, Image.Resampling.BICUBIC)

@@ -19,6 +19,7 @@ from clusterq_jax.importing.files import check_output, write
 from clusterq_jax.importing.network import Imported, import_program
 from clusterq_jax.importing.torch_networks import (
   describe,
+  difference,
   from_torch,
   import_live,
   logits,
@@ -29,6 +30,7 @@ __all__ = [
   'Imported',
   'check_output',
   'describe',
+  'difference',
   'from_torch',
   'import_live',
   'import_program',

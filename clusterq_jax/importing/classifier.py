@@ -3,9 +3,12 @@
 import numpy as np
 
 from clusterq_jax.errors import InputError
-from clusterq_jax.importing.layer import Layer
+from clusterq_jax.importing.layer import UNPADDED, Layer
 
-_UNPADDED = ((0, 0), (0, 0))
+# What may follow a classifier.
+_AFTER_LOGITS = ('act', 'affine', 'global_avg_pool', 'avg_pool', 'max_pool')
+# With a layer after the classifier, a square matrix of ones becomes the last.
+_MOST_CLASSES = 8192
 
 
 def ending(layers: list[Layer], source: str) -> list[Layer]:
@@ -23,7 +26,6 @@ def ending(layers: list[Layer], source: str) -> list[Layer]:
       'bias': last.arrays['shift'],
     }
     return layers
-  pool = last
   if (
     last.op == 'global_avg_pool'
     and _is_pointwise(last.inputs[0])
@@ -31,7 +33,7 @@ def ending(layers: list[Layer], source: str) -> list[Layer]:
     and layers[-2] is last.inputs[0]
   ):
     # The mean of a 1x1 convolution is the convolution of the mean.
-    conv = last.inputs[0]
+    pool, conv = last, last.inputs[0]
     pool.inputs, pool.shape = conv.inputs, (conv.inputs[0].shape[0], 1, 1)
     conv.inputs, conv.shape = [pool], (conv.shape[0], 1, 1)
     layers[-2:] = [pool, conv]
@@ -64,7 +66,7 @@ def _refuse_no_classifier(last: Layer, source: str) -> None:
   an activation after it, it is a layer of the network's body.
   """
   layer, acts = last, 0
-  while layer.op in ('act', 'global_avg_pool', 'avg_pool', 'max_pool'):
+  while layer.op in _AFTER_LOGITS:
     acts += layer.op == 'act'
     (layer,) = layer.inputs
   acts += 'act' in layer.options
@@ -74,10 +76,17 @@ def _refuse_no_classifier(last: Layer, source: str) -> None:
       layer.op == 'conv_bn' and not acts and layer.options.get('groups', 1) == 1
     )
     or (layer.op == 'add' and layer.is_vector)
+    or (layer.op == 'concat' and all(map(_is_dense, layer.inputs)))
   ):
     raise InputError(
-      f'{source}: the network ends in {last.where}, without a classifier '
-      'before it: its result is features, not logits; export it with its head'
+      f'{source}: the network ends in {last.where}, after no dense layer and '
+      'no 1x1 convolution: its result is features, not logits; export it with '
+      'its classifier'
+    )
+  if last.shape[0] > _MOST_CLASSES:
+    raise InputError(
+      f'{source}: {last.where} follows the classifier of {last.shape[0]:,} '
+      f'classes; for more than {_MOST_CLASSES:,}, return the logits themselves'
     )
 
 
@@ -87,7 +96,7 @@ def _is_pointwise(layer: Layer) -> bool:
     and 'act' not in layer.options
     and layer.options['kernel'] == (1, 1)
     and layer.options['groups'] == layer.options['strides'] == 1
-    and layer.options['padding'] == _UNPADDED
+    and layer.options['padding'] == UNPADDED
   )
 
 
@@ -96,7 +105,7 @@ def _is_dense(layer: Layer) -> bool:
     layer.op == 'conv'
     and 'act' not in layer.options
     and layer.options.get('groups', 1) == 1
-    and layer.options['padding'] == _UNPADDED
+    and layer.options['padding'] == UNPADDED
     and layer.options['kernel'] == layer.inputs[0].shape[1:]
   )
 

@@ -12,6 +12,7 @@ import numpy as np
 from clusterq_jax.importing.layer import product
 
 _LARGEST = 2**25  # numbers in one constant
+FLOATS = ('torch.float32', 'torch.float64', 'torch.float16', 'torch.bfloat16')
 
 
 def _reshaped(values, shape, **_):
@@ -74,6 +75,22 @@ def _same(values, **_):
   return values
 
 
+def _cast(values, o, **_):
+  """A cast between floating-point types, all of which are float32 here."""
+  other = o.get('other')
+  if o.get('dtype') not in (None, *FLOATS) or (
+    isinstance(other, np.ndarray) and other.dtype != values.dtype
+  ):
+    raise TypeError('a cast to another kind of number')
+  return values
+
+
+def _divided(values, o, **_):
+  if o.get('rounding_mode') is not None:
+    raise TypeError('a division that rounds')
+  return np.divide(values, o['other'])
+
+
 def _clamped(values, o, **_):
   return np.clip(values, o.get('min'), o.get('max'))
 
@@ -100,6 +117,12 @@ FILLS = {
   **dict.fromkeys(('ones', 'ones_like', 'new_ones'), _filled(1)),
   **dict.fromkeys(('full', 'full_like', 'new_full'), _filled(None)),
 }
+# They broadcast their operands.
+_BROADCASTS = frozenset(
+  'add sub rsub mul div pow clamp clamp_min clamp_max'.split()
+)
+# Of their other operand, only the shape or the type matters.
+LIKE = frozenset(('to', 'type_as', 'expand_as'))
 _OPS: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(
     ('view reshape flatten squeeze unsqueeze _unsafe_view unflatten'.split()),
@@ -107,17 +130,20 @@ _OPS: dict[str, Callable[..., Any]] = {
   ),
   **dict.fromkeys(
     (
-      'clone detach detach_ contiguous alias lift_fresh_copy lift_fresh '
-      'dropout to _to_copy'
+      'clone detach contiguous alias lift_fresh_copy lift_fresh dropout'
     ).split(),
     _same,
   ),
-  'expand': lambda values, shape, **_: np.broadcast_to(values, shape),
+  **dict.fromkeys(('to', '_to_copy', 'type_as', 'float'), _cast),
+  **dict.fromkeys(
+    ('expand', 'expand_as'),
+    lambda values, shape, **_: np.broadcast_to(values, shape),
+  ),
   'add': _added,
   'sub': lambda values, **o: _added(values, sign=-1, **o),
   'rsub': lambda values, o, **_: o['other'] - o.get('alpha', 1) * values,
   'mul': _binary(np.multiply),
-  'div': _binary(np.divide),
+  'div': _divided,
   'pow': lambda values, o, **_: np.power(values, o['exponent']),
   'neg': _unary(np.negative),
   'abs': _unary(np.abs),
@@ -169,13 +195,20 @@ def evaluate(
     return None
   values = operands.get('self', operands.get('input'))
   try:
-    if product(shape) > _LARGEST or (
-      'other' in operands
-      and product(np.broadcast_shapes(*(a.shape for a in arrays))) > _LARGEST
-    ):
+    if product(shape) > _LARGEST or _is_bomb(op, values, arrays):
       return None
     with np.errstate(all='ignore'):
       result = np.asarray(_OPS[op](values, o=operands, shape=shape))
   except Exception:  # operands of a damaged program can be anything
     return None
   return result if result.shape == tuple(shape) else None
+
+
+def _is_bomb(op: str, values: Any, arrays: list[np.ndarray]) -> bool:
+  """Tells whether numpy would make more numbers of some than is allowed."""
+  if op == 'batch_norm':
+    return any(a.size not in (1, *values.shape[1:2]) for a in arrays[1:])
+  if op in _BROADCASTS:
+    whole = np.broadcast_shapes(*(a.shape for a in arrays))
+    return product(whole) > _LARGEST
+  return False

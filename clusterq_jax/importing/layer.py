@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 Shape = tuple[int, int, int]  # (C, H, W), in torch's order
+UNPADDED = ((0, 0), (0, 0))
 
 
 @dataclasses.dataclass(eq=False)

@@ -78,6 +78,8 @@ def _call(node: Any) -> Call:
 def _outputs(node: Any) -> tuple[str, ...]:
   """Returns the names of a call's results, which `getitem` takes apart."""
   value = node.meta.get('val')
+  if value is None:
+    return ()  # an assertion
   if not isinstance(value, (list, tuple)):
     return (node.name,)
   names = {

@@ -9,9 +9,8 @@ import numpy as np
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.importing import classifier
-from clusterq_jax.importing.layer import Counts, Layer, rewrite
+from clusterq_jax.importing.layer import UNPADDED, Counts, Layer, rewrite
 
-_UNPADDED = ((0, 0), (0, 0))
 _CONVS = ('conv', 'conv_bn')
 
 
@@ -186,7 +185,7 @@ def _depthwise(channels: int) -> dict:
     'features': channels,
     'kernel': (1, 1),
     'groups': channels,
-    'padding': _UNPADDED,
+    'padding': UNPADDED,
   }
 
 
@@ -246,7 +245,7 @@ def _fold_pad(layer: Layer, counts: Counts) -> Layer:
     return layer
   pad = layer.inputs[0]
   value, more = pad.options['value'], pad.options['padding']
-  own = layer.options.get('padding', _UNPADDED)
+  own = layer.options.get('padding', UNPADDED)
   if layer.op in _CONVS:
     fits = value == 0
   elif layer.op == 'max_pool':
@@ -256,7 +255,7 @@ def _fold_pad(layer: Layer, counts: Counts) -> Layer:
     fits = (
       layer.op == 'avg_pool'
       and value == 0
-      and (layer.options.get('count_padding', False) or own == _UNPADDED)
+      and (layer.options.get('count_padding', False) or own == UNPADDED)
     )
     if fits:
       layer.options['count_padding'] = True
@@ -303,7 +302,7 @@ def _final(layer: Layer, source: str) -> Layer:
         f'{wide}-th column; only equal steps can be imported'
       )
     layer.op = 'max_pool'
-    layer.options = {'kernel': (1, 1), 'strides': high, 'padding': _UNPADDED}
+    layer.options = {'kernel': (1, 1), 'strides': high, 'padding': UNPADDED}
   elif layer.op == 'pad_channels':
     if _is_even(layer):
       layer.op = 'pad_shortcut'
@@ -319,7 +318,7 @@ def _final(layer: Layer, source: str) -> Layer:
       layer.options = {
         'features': channels,
         'kernel': (1, 1),
-        'padding': _UNPADDED,
+        'padding': UNPADDED,
       }
   elif layer.op == 'crop':
     (top, bottom), (left, right) = layer.options['margins']

@@ -210,6 +210,8 @@ def _operand(argument: Mapping) -> Any:
     if type(value) is not expected:
       raise TypeError(f'{kind} is {value!r:.50}')
     return value
+  if kind == 'as_scalar_type' and value in tensors_lib.DTYPES:
+    return f'torch.{tensors_lib.DTYPES[value].name}'
   if kind == 'as_float':
     return float(value)  # infinite ones are texts
   if kind in ('as_ints', 'as_bools', 'as_floats'):

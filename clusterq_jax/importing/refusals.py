@@ -4,6 +4,7 @@ from typing import NoReturn
 
 from clusterq_jax.errors import InputError
 from clusterq_jax.importing.program import Program
+from clusterq_jax.weights import checks
 
 TRAINING = (
   'the network is in train mode; call network.eval() before torch.export.export'
@@ -12,11 +13,15 @@ _WHOLE = (
   'export the network itself with torch.export.export, without '
   'run_decompositions()'
 )
-_CHANNELS = (1, 3, 4)
+_DECOMPOSED = f'BatchNorm is already decomposed; {_WHOLE}'
+_PRODUCTS = (
+  'products of matrices, such as attention, cannot be imported; write a dense '
+  'layer as nn.Linear, and take a network without attention'
+)
 # What an operator means, by a part of its name; the first that fits.
 _REASONS = {
-  'native_batch_norm': f'BatchNorm is already decomposed; {_WHOLE}',
-  'cudnn_batch_norm': f'BatchNorm is already decomposed; {_WHOLE}',
+  'native_batch_norm': _DECOMPOSED,
+  'cudnn_batch_norm': _DECOMPOSED,
   'layer_norm': 'LayerNorm cannot be imported: only BatchNorm keeps the '
   'statistics that the method matches; take a network with BatchNorm',
   'group_norm': 'GroupNorm cannot be imported: only BatchNorm keeps the '
@@ -26,10 +31,8 @@ _REASONS = {
   'attention': 'attention cannot be imported; take a convolutional network',
   'softmax': 'softmax cannot be imported; if it ends the network, return the '
   'logits before it, else it is attention: take a network without it',
-  'matmul': 'products of two feature tensors (attention) cannot be imported; '
-  'take a network without them',
-  'bmm': 'products of two feature tensors (attention) cannot be imported; take '
-  'a network without them',
+  'matmul': _PRODUCTS,
+  'bmm': _PRODUCTS,
   'addmm': f'dense layers are already decomposed; {_WHOLE}',
   'convolution': f'convolutions are already decomposed; {_WHOLE}',
   'transpose2d': 'transposed convolutions cannot be imported; use nearest '
@@ -79,7 +82,7 @@ def check_signature(program: Program) -> None:
       f'{source}: the network takes a tensor {list(shape)}, expected images '
       '[N, C, H, W]'
     )
-  if shape[1] not in _CHANNELS:
+  if shape[1] not in checks.CHANNELS:
     raise InputError(
       f'{source}: the network takes images of {shape[1]} channels, expected 1 '
       '(grey), 3 (colour) or 4'

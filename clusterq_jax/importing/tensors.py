@@ -31,6 +31,7 @@ _TYPES = {
 }
 DTYPES = {number: np.dtype(kind) for number, (_, kind) in _TYPES.items()}
 _STORAGES = {name: np.dtype(kind) for name, kind in _TYPES.values()}
+_MOST_COPIES = 4  # size of all tensors, in sizes of the storages
 # Instructions in a pickle of tensors. Others could take memory without bound.
 _INSTRUCTIONS = frozenset(
   'PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID BINGET LONG_BINGET BINPUT '
@@ -120,11 +121,13 @@ class _Unpickler(pickle.Unpickler):
   def __init__(self, raw: bytes, archive: zipfile.ZipFile, folder: str):
     super().__init__(io.BytesIO(raw))
     self._archive, self._folder = archive, folder
+    # Tensors can share a storage, and half precision becomes float32.
+    self._left = _MOST_COPIES * sum(i.file_size for i in archive.infolist())
 
   def find_class(self, module: str, name: str) -> Any:
     known = {
       'collections.OrderedDict': collections.OrderedDict,
-      'torch._utils._rebuild_tensor_v2': _tensor,
+      'torch._utils._rebuild_tensor_v2': self._tensor,
       'torch._utils._rebuild_parameter': _parameter,
     }
     if module == 'torch' and name in _STORAGES:
@@ -137,10 +140,13 @@ class _Unpickler(pickle.Unpickler):
     _, storage, member, _, _ = pid
     return self._archive.read(f'{self._folder}{member}'), _STORAGES[storage]
 
-
-def _tensor(storage, offset, shape, strides, *_: Any) -> np.ndarray:
-  raw, dtype = storage
-  return strided('of a pickle', raw, dtype, shape, strides, offset)
+  def _tensor(self, storage, offset, shape, strides, *_: Any) -> np.ndarray:
+    raw, dtype = storage
+    array = strided('of a pickle', raw, dtype, shape, strides, offset)
+    self._left -= array.nbytes
+    if self._left < 0:
+      raise ValueError('far more numbers than its storages hold')
+    return array
 
 
 def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:

@@ -69,8 +69,12 @@ def parity(network: Any, imported: Imported, images: int = _IMAGES) -> float:
     values = expected.values() if hasattr(expected, 'values') else expected
     (expected,) = values
   wanted = expected.numpy()
-  given = logits(imported, x)
-  return float(np.abs(given - wanted).max() / np.abs(wanted).max())
+  return difference(logits(imported, x), wanted)
+
+
+def difference(found: np.ndarray, wanted: np.ndarray) -> float:
+  """Returns the largest difference of a logit, over the largest logit."""
+  return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
 def logits(imported: Imported, x: np.ndarray) -> np.ndarray:
@@ -126,19 +130,19 @@ def from_torch(
       f'{name}: the network is in train mode; call network.eval() first'
     )
   imported = import_live(network, (size[0], size[1], len(mean)), name)
-  difference = parity(network, imported)
+  found = parity(network, imported)
   print(files.write(imported, output, mean=mean, std=std, **details))
-  print(describe(difference))
-  return difference
+  print(describe(found))
+  return found
 
 
-def describe(difference: float) -> str:
+def describe(found: float) -> str:
   """Describes the result of `parity` in one line."""
   text = (
     f'parity with torch on {_IMAGES} random images: the largest difference of '
-    f'a logit is {difference:.1e} of the largest logit'
+    f'a logit is {found:.1e} of the largest logit'
   )
-  if difference > SOUND:
+  if not found <= SOUND:  # also if it is NaN
     text = (
       f'WARNING: {text}, expected at most {SOUND:.0e}: the network is '
       'ill-conditioned in float32, or was imported wrongly'

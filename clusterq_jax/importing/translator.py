@@ -21,12 +21,15 @@ from clusterq_jax.importing.program import Call, Program, Ref
 
 _MOST_CALLS = 20_000
 _LARGEST = 2**27  # numbers in all constants that are computed
+_MOST_CHANNELS = 2**20
+_LARGEST_MAP = 2**31  # numbers in a layer's output for one image
 
 # Their results can share memory with the operand.
 _VIEWS = frozenset(
   'view reshape flatten squeeze unsqueeze expand expand_as transpose permute '
-  'detach alias contiguous dropout slice select chunk split split_with_sizes '
-  'unflatten to'.split()
+  'detach alias contiguous slice select chunk split split_with_sizes unbind '
+  'unflatten to float type_as '
+  'dropout feature_dropout alpha_dropout feature_alpha_dropout'.split()
 )
 
 
@@ -77,7 +80,14 @@ class Translator:
   # --- Operands of the current call -----------------------------------------
 
   def refuse(self, why: str) -> NoReturn:
-    """Raises the error for a call that cannot be translated."""
+    """Raises the error for a call that cannot be translated.
+
+    Args:
+      why: what is wrong, and after a semicolon what to do; by default to do
+        without the module.
+    """
+    if ';' not in why:
+      why += '; replace the module, or take a network without it'
     raise InputError(f'{self.program.source}: {self.call.where}: {why}')
 
   def operand(self, name: str, default: Any = None) -> Any:
@@ -173,7 +183,7 @@ class Translator:
       self.refuse(f'its {name} is {value!r:.40}, expected whole numbers')
     return value
 
-  def one(self, name: str, default: int, least: int = 1) -> int:
+  def one(self, name: str, default: int) -> int:
     """Returns a number given for height and width, which must be equal."""
     high, wide = self.integers(name, (default, default))
     if high != wide:
@@ -181,8 +191,8 @@ class Translator:
         f'its {name} differs between height and width ({high}, {wide}); only '
         'equal ones can be imported'
       )
-    if high < least:
-      self.refuse(f'its {name} is {high}, expected at least {least}')
+    if high < 1:
+      self.refuse(f'its {name} is {high}, expected at least 1')
     return high
 
   # --- Results ---------------------------------------------------------------
@@ -210,12 +220,17 @@ class Translator:
     for name, size in zip('CHW', shape, strict=True):
       if size < 1:
         self.refuse(f'its result has no pixel or channel ({name} = {size})')
+    if shape[0] > _MOST_CHANNELS or product(shape) > _LARGEST_MAP:
+      self.refuse(f'its result is {list(shape)}, which is too large')
+    arrays = arrays or {}
+    # Others are parts of the weights.
+    self._take(sum(a.size for a in arrays.values() if a.base is None))
     layer = Layer(
       op,
       list(inputs),
       shape,
       options,
-      arrays or {},
+      arrays,
       self._name(op, weight, options),
       self.call.where,
     )
@@ -297,7 +312,9 @@ class Translator:
     op = op.removesuffix('_') if in_place else op
     operands = {name: self.operand(name) for name in call.operands}
     fixed = not any(map(_depends, operands.values()))
-    if fixed or op in constants.FILLS:
+    # Of the other operand, only the shape or the type matters.
+    like = op in constants.LIKE and not _depends(operands.get(self.first()))
+    if fixed or like or op in constants.FILLS:
       self._fold(op, operands)
     elif op in self._handlers:
       results = self._handlers[op](self)
@@ -321,22 +338,27 @@ class Translator:
     result = constants.evaluate(op, operands, self.shape_of(name))
     if result is None:
       self.refuse(
-        'it computes with constants only, and this way of it is not known; '
-        'compute its result once, in the constructor of the module, and keep '
-        'it with register_buffer'
+        'it computes with constants only, in a way that is not known or is too '
+        'large; compute its result once, in the constructor of the module, and '
+        'keep it with register_buffer'
       )
-    self._computed += result.size if result.base is None else 0
+    self._take(result.size if result.base is None else 0)
+    self.values[name] = result
+
+  def _take(self, numbers: int) -> None:
+    """Counts the numbers of computed constants, and refuses too many."""
+    self._computed += numbers
     if self._computed > _LARGEST:
       self.refuse('the constants take too much memory')
-    self.values[name] = result
 
   def _keep(self, results: list[Feature]) -> None:
     """Keeps results whose shapes are those of the program."""
     for name, result in zip(self.call.outputs, results, strict=False):
       if name in self.program.shapes and result.shape != self.shape_of(name):
         self.refuse(
-          f'it gives {list(result.shape)}, and the program says '
-          f'{list(self.shape_of(name))}'
+          f'the importer computes the shape {list(result.shape)}, the program '
+          f'says {list(self.shape_of(name))}; if torch wrote the program, this '
+          'is a defect of the importer: please report it'
         )
       self.values[name] = result
 

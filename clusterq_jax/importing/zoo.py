@@ -76,6 +76,8 @@ def expected_input(name: str, network: Any) -> dict[str, Any]:
   if source == 'torchvision':
     models = importlib.import_module('torchvision.models')
     known = models.get_model_weights(model).DEFAULT.transforms()
+    if not hasattr(known, 'crop_size'):
+      raise InputError(f'--arch={name}: expected a classifier of images')
     (side,), (resized,) = known.crop_size, known.resize_size
     return {
       'image_size': (side, side),
@@ -137,8 +139,10 @@ def _state(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
 
 def _make(models: Any, source: str, model: str, state: dict[str, Any]) -> Any:
   """Makes a network with as many classes as the weights have."""
-  options = {'num_classes': len(list(state.values())[-1])}
+  options: dict[str, Any] = {'pretrained': False}
+  make = models.create_model if source == 'timm' else models.get_model
   if source == 'torchvision':
+    options = {'weights': None}
     if model in ('googlenet', 'inception_v3'):
       # As torchvision does for the weights that it publishes.
       options |= {
@@ -146,7 +150,10 @@ def _make(models: Any, source: str, model: str, state: dict[str, Any]) -> Any:
         'aux_logits': any('aux' in key.lower() for key in state),
         'transform_input': True,
       }
-    return models.get_model(model, weights=None, **options)
-  if source == 'timm':
-    return models.create_model(model, pretrained=False, **options)
-  return models.get_model(model, pretrained=False, **options)
+  network = make(model, **options)
+  # The keys of a file can have any order; in a network the classifier is last.
+  last = [k for k, value in network.state_dict().items() if value.ndim][-1]
+  classes = state[last].shape[:1] if last in state else ()
+  if not classes or classes == network.state_dict()[last].shape[:1]:
+    return network
+  return make(model, num_classes=classes[0], **options)

@@ -24,12 +24,14 @@ from clusterq_jax.errors import InputError
 from clusterq_jax.models import protocol
 from clusterq_jax.models.graph import Graph
 from clusterq_jax.models.node import OPTIONS, Node
+from clusterq_jax.ops import convolution
 
 VERSION = 1
 _MOST_TEXT = 2**24  # characters
 _MOST_NODES = 10_000
 _LARGEST = 2**20  # of any size in pixels or channels
-_MOST_VALUES = 2**31  # numbers in a layer's output or weights
+_MOST_VALUES = 2**31  # numbers in a layer's padded input, output or weights
+_LEAST_EPSILON = 1e-12
 # A layer's name is an attribute of the Linen module.
 _NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}')
 RESERVED = frozenset(dir(nn.Module)) | {
@@ -126,9 +128,23 @@ def check_shapes(graph: Graph, image_shape: tuple[int, int, int]) -> None:
     variables = graph.variable_shapes(image_shape)
   except ValueError as e:
     raise InputError(f'graph: {e}') from e
-  for name, (h, w, c) in shapes.items():
+  for node in graph.nodes:
+    h, w, c = shapes[node.name]
     if h * w * c > _MOST_VALUES:
-      _refuse(f'{name} has an output of {h}x{w}x{c}', f'{_MOST_VALUES} values')
+      _refuse(
+        f'{node.name} has an output of {h}x{w}x{c}', f'{_MOST_VALUES} values'
+      )
+    if 'kernel' in node.options:
+      h, w, c = shapes[node.inputs[0]]
+      pads = convolution.explicit(
+        (h, w), node.kernel, node.strides, node.padding, node.dilation
+      )
+      h, w = h + sum(pads[0]), w + sum(pads[1])
+      if h * w * c > _MOST_VALUES:
+        _refuse(f'{node.name} pads to {h}x{w}x{c}', f'{_MOST_VALUES} values')
+      sides = zip(pads, node.kernel, strict=True)
+      if 'pool' in node.op and any(max(pad) >= side for pad, side in sides):
+        _refuse(f'{node.name} pads by {pads}', 'less than its window')
   for name, leaves in variables['params'].items():
     size = 1
     for side in leaves.get('kernel', ()):
@@ -222,8 +238,10 @@ def _option(name: str, op: str, key: str, value: Any) -> Any:
       refuse('true or false')
   elif key in ('epsilon', 'slope'):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not abs(value) <= 1e6 or (key == 'epsilon' and value < 0):
+    if not number or not abs(value) <= 1e6:
       refuse('a small number')
+    if key == 'epsilon' and value < _LEAST_EPSILON:
+      refuse(f'a number of at least {_LEAST_EPSILON}')
     return float(value)
   return value
 

@@ -110,9 +110,9 @@ _ARCHITECTURES = {
 
 # For users who have another network, or another name for it.
 HOW_TO_BRING_YOUR_OWN = (
-  f'supported networks are {", ".join(_ARCHITECTURES)}; for any other, bring '
-  'your own: docs/networks.md shows how to describe it; import first the file '
-  'that registers it'
+  f'networks that load by name are {", ".join(_ARCHITECTURES)}; export any '
+  'other with torch.export and convert it, see docs/networks.md, or import '
+  'first the file that registers it'
 )
 
 

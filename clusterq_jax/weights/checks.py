@@ -10,7 +10,7 @@ from clusterq_jax.models import registry
 from clusterq_jax.weights.entries import join_names
 from clusterq_jax.weights.matching import Match
 
-_CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3, 4)
 # The names in timm, pytorchcv, torchvision and PyPI `efficientnet-pytorch`.
 _SQUEEZE = re.compile(r'(^|\.)(_?se|_?se_\w+)\.|\.block\.\d+\.fc1\.')
 
@@ -27,8 +27,8 @@ def check_kind(path: str, keys: Sequence[str]) -> None:
   squeeze = [key for key in keys if _SQUEEZE.search(key)]
   if squeeze:
     raise InputError(
-      f'{path}: squeeze-and-excitation ({join_names(squeeze, 1)}) is not '
-      f'supported; {registry.HOW_TO_BRING_YOUR_OWN}'
+      f'{path}: no network with a name has squeeze-and-excitation '
+      f'({join_names(squeeze, 1)}); {registry.HOW_TO_BRING_YOUR_OWN}'
     )
 
 
@@ -94,7 +94,7 @@ def check_values(path: str, match: Match) -> None:
 
 def check_channels(path: str, channels: int | None) -> None:
   """Refuses unsupported numbers of input channels."""
-  if channels not in _CHANNELS:
+  if channels not in CHANNELS:
     raise InputError(
       f'{path}: the weights take {channels} input channels; expected 1 (grey '
       'images), 3 (colour images) or 4'

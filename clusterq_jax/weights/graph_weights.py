@@ -131,7 +131,9 @@ def _in_channels(graph: Graph, variables: Mapping[str, Any]) -> int:
     return graph.image_shape[2]
   for node in graph.readers(graph.nodes[0].name):
     if node.op in ('conv_bn', 'conv'):
-      kernel = variables.get('params', {}).get(node.name, {}).get('kernel')
+      kernel: Any = variables
+      for key in ('params', node.name, 'kernel'):
+        kernel = kernel.get(key) if isinstance(kernel, Mapping) else None
       if isinstance(kernel, np.ndarray) and kernel.ndim == 4:
         return kernel.shape[2] * node.groups
   raise InputError('graph: no image_shape, and no convolution of the input')

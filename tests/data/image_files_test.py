@@ -73,6 +73,15 @@ def test_resize_and_crop(tmp_path):
   np.testing.assert_array_equal(found, np.asarray(small)[2:10, 6:14])
 
 
+def test_a_crop_that_is_not_square_fits(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+  (tmp_path / 'a').mkdir()
+  Image.fromarray(pixels).save(tmp_path / 'a' / 'a.png')
+  (found,) = _load(tmp_path, (8, 16, 3), 1, resize=9).images[:1]
+  small = Image.fromarray(pixels).resize((18, 18), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(found, np.asarray(small)[5:13, 1:17])
+
+
 def test_resize_unless_told(tmp_path, tiny_config):
   pixels = _write(tmp_path / '0' / '0.png', 0, size=(40, 24))
   tiny_config.eval.source = 'folder'

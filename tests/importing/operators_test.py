@@ -124,6 +124,7 @@ _MIDDLES = {
   ),
   'clip': (nn.Hardtanh(-0.5, 1), 'conv'),
   'x / 6 + 0.5, clipped': (lambda x: (x / 6 + 0.5).clamp(0, 1), 'hard_sigmoid'),
+  'hardtanh of a default': (nn.Hardtanh(0, 1), 'conv'),
   'clamp': (lambda x: torch.sigmoid(x.clamp(0, 6)), 'sigmoid'),
   'silu': (functional.silu, 'sigmoid mul'),
   'leaky_relu': (lambda x: functional.leaky_relu(x, 0.2), 'leaky_relu'),
@@ -133,6 +134,10 @@ _MIDDLES = {
   'prelu': (nn.PReLU(8), 'prelu'),
   'tanh': (torch.tanh, 'tanh'),
   'in place': (lambda x: x.mul_(2).relu_(), ''),
+  'in place after dropout': (
+    lambda x: functional.dropout2d(x, training=False).mul_(2) + x,
+    'add',
+  ),
   'in place, then the operand': (lambda x: x.mul_(2) + x, 'add'),
   'in place, twice': (_twice, 'tanh add'),
   'fixed scale': (lambda x: torch.tanh(x) * _FIXED - 0.5, 'tanh conv'),
@@ -173,6 +178,10 @@ _MIDDLES = {
   'adaptive max pool': (nn.AdaptiveMaxPool2d((4, 4)), 'max_pool'),
   'adaptive repeat': (nn.AdaptiveAvgPool2d(24), 'resize'),
   'upsample': (nn.Upsample(scale_factor=2), 'resize'),
+  'upsample to a size': (lambda x: functional.interpolate(x, 24), 'resize'),
+  'a stride that does not matter': (nn.AvgPool2d((8, 2), (10, 5)), 'avg_pool'),
+  'the type of another': (lambda x: _FIXED.type_as(x) * x.float(), ''),
+  'the shape of another': (lambda x: x + _FIXED.expand_as(x), ''),
   'dilated': (nn.Conv2d(8, 8, 3, padding=2, dilation=2), 'conv'),
   'same': (nn.Conv2d(8, 8, 4, padding='same'), 'conv'),
   'BatchNorm beside a reader': (
@@ -225,14 +234,30 @@ def test_heads():
   normed = _ops(nn.Identity(), head=lambda x: norm(x).mean((2, 3)))
   assert normed['conv_bn'] == 2
   assert normed['dense'] == 1
+  two = nn.Linear(8, 3), nn.Linear(8, 4)
+  joined = _ops(
+    nn.Identity(),
+    head=lambda x: torch.cat([f(x.mean((2, 3))) for f in two], 1).clamp(-1, 1),
+  )
+  assert joined['conv'] == 3  # and the range of clamp
+  mean = nn.Linear(8, 5), nn.Linear(8, 5)
+  averaged = _ops(
+    nn.Identity(), head=lambda x: sum(f(x.mean((2, 3))) for f in mean) / 2
+  )
+  assert averaged == _BASE + collections.Counter(
+    ['add', 'conv', 'conv', 'global_avg_pool']
+  )
+  pool, fc = nn.AvgPool2d(7, stride=10), nn.Linear(8, 5)
   flat = nn.Linear(8 * 16, 5)
   whole = _ops(nn.AvgPool2d(3), head=lambda x: flat(x.flatten(1)))
   assert whole['dense'] == 1
   assert whole['global_avg_pool'] == 0
+  one = _ops(nn.Identity(), head=lambda x: fc(pool(x).flatten(1)))
+  assert one['avg_pool'] == 1
 
 
 def test_files_and_live_programs_are_the_same(tmp_path):
-  network = _trained(Network(_squeeze_excite))
+  network = _trained(Network(lambda x: _squeeze_excite(x.to(torch.float32))))
   program = torch.export.export(network, (torch.zeros(2, 3, 8, 8),))
   torch.export.save(program, tmp_path / 'network.pt2')
   live = importing.import_program(program)
@@ -284,6 +309,10 @@ def test_names_do_not_clash_with_attributes_of_modules():
       ('pixel_shuffle', 'no layer computes it'),
     ),
     (lambda x: x[:, :, 1::2, :], ('slice', 'every n-th row')),
+    (nn.Upsample(scale_factor=2.05), ('factor is 2.05', 'whole factors')),
+    (lambda x: x.to(torch.int32).float(), ('casts to torch.int32',)),
+    (nn.AvgPool2d((10, 2), (2, 3)), ('stride differs', 'equal')),
+    (lambda x: x * x.mean(), ('only over height',)),
   ],
 )
 def test_operators_that_are_refused(middle, words):
@@ -329,10 +358,15 @@ def test_networks_that_are_refused():
   assert 'only classifiers' in _refused(features)
   for body in (nn.ReLU(), lambda x: functional.silu(x), Residual(nn.ReLU())):
     pooled = _trained(Network(body, head=lambda x: x.mean((2, 3))))
-    assert 'without a classifier' in _refused(pooled)
+    assert 'features, not logits' in _refused(pooled)
   squeezed = _trained(Network(nn.ReLU(), head=lambda x: x.mean((2, 3))))
   squeezed.head = lambda x: squeezed.fc(x.mean((2, 3), keepdim=True).squeeze())
   assert 'torch.zeros(2, 3, 12, 12)' in _refused(squeezed, batch=1)
+  turned = _trained(Network(nn.ReLU()))
+  turned.head = lambda x: turned.fc(
+    x.mean((2, 3)).transpose(0, 1).reshape(2, 8)
+  )
+  assert 'reorders the axes' in _refused(turned)
   network.train()
   assert 'network.eval()' in _refused(network)
   network = _trained(Network(nn.Dropout(0.5)))

@@ -11,6 +11,8 @@ from clusterq_jax.importing import zoo
 from clusterq_jax.weights import teacher
 
 torch = pytest.importorskip('torch')
+import safetensors.torch  # noqa: E402
+
 nn = torch.nn
 pytestmark = pytest.mark.torch
 
@@ -46,7 +48,7 @@ def _trained(**options):
 def timm(monkeypatch):
   """A module that makes networks as timm does."""
 
-  def create_model(name, pretrained, num_classes):
+  def create_model(name, pretrained, num_classes=1000):
     assert not pretrained
     if name != 'small':
       raise RuntimeError(f'Unknown model ({name})')
@@ -77,6 +79,13 @@ def test_a_network_by_name(tmp_path):
   preprocessing = teacher.load('', str(other)).preprocessing
   assert preprocessing.image_size == (8, 8)
   assert preprocessing.mean == (0.1, 0.1, 0.1)
+
+
+@pytest.mark.usefixtures('timm')
+def test_the_classifier_is_not_the_last_key_of_safetensors(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  safetensors.torch.save_file(_trained().state_dict(), path)
+  assert zoo.build('timm:small', path).fc.out_features == 4
 
 
 @pytest.mark.usefixtures('timm')

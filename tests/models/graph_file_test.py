@@ -82,6 +82,11 @@ def _changed(change):
     (lambda g, n: n['c1'].update(kernel=[300, 300], padding=0), 'does not fit'),
     (lambda g, n: n['c1'].update(padding=[[1, 2], [3]]), 'padding='),
     (lambda g, n: n['c1'].update(epsilon=float('nan')), 'epsilon='),
+    (lambda g, n: n['c1'].update(epsilon=0.0), 'epsilon='),
+    (
+      lambda g, n: n['c1'].update(padding=2**20, strides=2**20),
+      'pads to',
+    ),
     (lambda g, n: n['c2'].update(groups=3), 'groups do not divide'),
     (lambda g, n: n['half'].update(stop=17), 'channels 8 to 17'),
     (lambda g, n: n['swish'].update(groups=2), "field 'groups'"),

@@ -113,7 +113,7 @@ def test_an_unknown_name_comes_with_the_way_out():
     registry.architecture('resnet19')
   message = str(caught.value)
   assert 'did you mean resnet' in message
-  assert 'bring your own: docs/networks.md' in message
+  assert 'convert it, see docs/networks.md' in message
 
 
 def test_config_knows_what_is_registered():

@@ -114,6 +114,16 @@ def test_faults_are_refused(tmp_path, change, message):
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('key', ['params', 'params/stem.conv'])
+def test_a_tensor_in_the_place_of_a_group_is_refused(tmp_path, key):
+  path = tmp_path / 'teacher.safetensors'
+  weights.save(path, Graph(_NODES), _variables(Graph(_NODES)), _INPUT)
+  _, metadata = files.read_tensors(path)
+  safetensors.numpy.save_file({key: np.ones(1)}, path, metadata)
+  with pytest.raises(InputError, match='no convolution of the input'):
+    teacher.load('', str(path))
+
+
 def test_a_state_dict_needs_a_name(tmp_path):
   path = tmp_path / 'state.safetensors'
   safetensors.numpy.save_file({'conv.weight': np.ones((1, 1))}, path)

@@ -70,7 +70,7 @@ def _clip(t: Translator) -> Feature:
   op = t.call.op.removesuffix('_')
   ends = ('min_val', 'max_val') if op == 'hardtanh' else ('min', 'max')
   low, high = map(t.plain, ends)
-  if low == 0 and high is None:
+  if low == 0 and high is None and op != 'hardtanh':
     return _act(t, 'relu')
   if op == 'hardtanh':
     low, high = t.number('min_val', -1), t.number('max_val', 1)

@@ -18,7 +18,10 @@ def affine(
   for name, constant in (('factor', factor), ('shift', shift)):
     constant = np.asarray(constant)
     if constant.size != 1 and not value.is_map:
-      t.refuse(f'it meets a constant at the shape {list(value.shape)}')
+      t.refuse(
+        f'it applies a constant of shape {list(constant.shape)} to a flattened '
+        f'map {list(value.shape)}; apply it before the map is flattened'
+      )
     vector = (
       np.full(channels, constant.reshape(()), np.float64)
       if constant.size == 1 and constant.ndim <= len(value.shape)

@@ -7,6 +7,8 @@ from clusterq_jax.importing.operators import padding
 from clusterq_jax.importing.operators.registry import handles
 from clusterq_jax.importing.translator import Feature, Translator, Value
 
+_MOST_PARTS = 4096  # of one split
+
 
 @handles('cat')
 def _cat(t: Translator) -> Feature:
@@ -86,6 +88,13 @@ def _axis(t: Translator, value: Feature) -> int:
   return axis % rank
 
 
+def _equal(t: Translator, size: int, step: int) -> list[int]:
+  """Returns the sizes of parts of `step` channels; the last may be smaller."""
+  if size // step > _MOST_PARTS:
+    t.refuse(f'it splits {size} channels into parts of {step}')
+  return [step] * (size // step) + [size % step] * (size % step > 0)
+
+
 @handles('chunk split split_with_sizes')
 def _chunk(t: Translator) -> list[Feature]:
   value = t.feature()
@@ -93,18 +102,18 @@ def _chunk(t: Translator) -> list[Feature]:
     t.refuse('it splits another axis than that of channels')
   size = value.shape[1]
   if t.call.op == 'chunk':
-    step = -(-size // max(t.integer('chunks', 1), 1))
-    sizes = [step] * (size // step) + [size % step] * (size % step > 0)
+    sizes = _equal(t, size, -(-size // max(t.integer('chunks', 1), 1)))
   elif isinstance(t.plain('split_size'), int):
-    step = max(t.integer('split_size', 1), 1)
-    sizes = [step] * (size // step) + [size % step] * (size % step > 0)
+    sizes = _equal(t, size, max(t.integer('split_size', 1), 1))
   else:
     sizes = t.integers(
       'split_sizes' if 'split_sizes' in t.call.operands else 'split_size',
       (),
       None,
     )
-  if sum(sizes) != size or min(sizes, default=0) < 1 or len(sizes) > 4096:
+  if (
+    sum(sizes) != size or min(sizes, default=0) < 1 or len(sizes) > _MOST_PARTS
+  ):
     t.refuse(f'it splits {size} channels into {sizes!r:.60}')
   starts = np.cumsum([0, *sizes]).tolist()
   return [
@@ -159,7 +168,7 @@ def _select(t: Translator) -> Feature:
 @handles('unbind')
 def _unbind(t: Translator) -> list[Feature]:
   value = t.feature()
-  if _axis(t, value) != 1 or value.shape[1] > 4096:
+  if _axis(t, value) != 1 or value.shape[1] > _MOST_PARTS:
     t.refuse('it takes another axis apart than that of channels')
   parts = [_part(t, value, i, i + 1) for i in range(value.shape[1])]
   return [Feature(p.layer, (p.shape[0], *p.shape[2:])) for p in parts]
@@ -200,10 +209,10 @@ def _permute(t: Translator) -> Feature:
   if moved == sorted(moved):
     return Feature(value.layer, shape)
   c, h, w = value.layer.shape
-  groups, n = value.shape[1:3]
-  swaps = order == [0, 2, 1, *range(3, rank)]
-  if swaps and groups * n == c and product(value.shape[3:]) == h * w:
-    return Feature(_shuffled(t, value, groups), shape)
+  if order == [0, 2, 1, *range(3, rank)]:
+    groups, n, *sides = value.shape[1:]
+    if groups * n == c and product(sides) == h * w:
+      return Feature(_shuffled(t, value, groups), shape)
   t.refuse(
     f'it reorders the axes of {list(value.shape)} to {order}; only channel '
     'shuffles [N, groups, n, H, W] to [N, n, groups, H, W] can be imported'

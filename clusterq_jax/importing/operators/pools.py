@@ -60,25 +60,25 @@ def _window(
     return x
   if op == 'avg_pool' and tuple(kernel) == sides and not np.any(pads):
     return _global_pool(t, x)
-  # A step along one row or column of windows does not matter.
+  # A step along an axis with one window does not matter.
   counts = [
     (size + sum(pair) - k) // s + 1
     for size, k, s, pair in zip(sides, kernel, steps, pads, strict=True)
   ]
   used = {s for s, count in zip(steps, counts, strict=True) if count > 1}
-  if len(used) > 1:
+  # Without steps, one so large that no second window fits.
+  strides = used.pop() if used else max(sides) + max(max(p) for p in pads)
+  found = padding.window_sizes(t, sides, kernel, strides, pads)
+  if used or found != counts:
     t.refuse(
       f'its stride differs between height and width {tuple(steps)}; only '
       'equal ones can be imported'
     )
   options: dict[str, Any] = {'count_padding': True} if counted else {}
-  strides = used.pop() if used else 1
-  if not used and max(counts) == 1:
-    strides = max(strides, *kernel)  # so that no second window fits
   return t.add(
     op,
     [x],
-    (x.shape[0], *padding.window_sizes(t, sides, kernel, strides, pads)),
+    (x.shape[0], *found),
     kernel=tuple(kernel),
     strides=strides,
     padding=tuple(pads),
@@ -135,7 +135,18 @@ def _upsample(t: Translator) -> Feature:
   shape = t.shape_of(t.call.outputs[0])
   if len(shape) != 4 or max(shape) > 2**15:
     t.refuse(f'its result is {list(shape)}')
-  return _repeated(t, t.map(), shape[2:])
+  x = t.map()
+  factors = t.plain('scale_factors')
+  if factors is None:
+    factors = [t.plain('scales_h'), t.plain('scales_w')]
+  for factor, size, old in zip(factors, shape[2:], x.shape[1:], strict=True):
+    # torch takes pixels by the factor, not by the size of the result.
+    if factor is not None and factor != size / old:
+      t.refuse(
+        f'its factor is {factor}; only whole factors that are equal in both '
+        'directions can be imported'
+      )
+  return _repeated(t, x, shape[2:])
 
 
 def _dims(t: Translator, rank: int) -> set[int]:
@@ -167,6 +178,6 @@ def _mean(t: Translator) -> Feature:
       f'over the axes {sorted(dims)} of {list(value.shape)}; only over height '
       'and width can it be imported'
     )
-  if product(shape) != shape[0] * product(layer.shape):
+  if not shape or product(shape) != shape[0] * product(layer.shape):
     t.refuse(f'its result is {list(shape)}')
   return Feature(layer, shape)

@@ -1,6 +1,8 @@
 """Other views of the same numbers."""
 
-from clusterq_jax.importing import refusals
+import numpy as np
+
+from clusterq_jax.importing import constants, refusals
 from clusterq_jax.importing.operators.registry import handles
 from clusterq_jax.importing.translator import Feature, Translator
 
@@ -40,4 +42,9 @@ def _dropout(t: Translator) -> Feature:
   'clone contiguous detach alias lift_fresh_copy to _to_copy type_as float'
 )
 def _identity(t: Translator) -> Feature:
+  kind, other = t.plain('dtype'), t.operand('other')
+  if isinstance(kind, str) and kind not in constants.FLOATS:
+    t.refuse(f'it casts to {kind:.20}; only floating-point types are known')
+  if isinstance(other, np.ndarray) and other.dtype.kind != 'f':
+    t.refuse(f'it casts to {other.dtype}; only floating-point types are known')
   return t.feature()
