@@ -205,6 +205,7 @@ def forecast_error(field: str, least: float) -> float:
 def zoo() -> list[Record]:
   """Makes a row for each source of foreign networks, and one for all."""
   found = records.read('zoo')
+  without = {n.name for n in zoo_lib.networks() if n.found == 'no BatchNorm'}
   rows = []
   for source in (*dict.fromkeys(r['name'].split(':')[0] for r in found), ''):
     some = [r for r in found if r['name'].startswith(source)]
@@ -215,6 +216,7 @@ def zoo() -> list[Record]:
       {
         'source': source or 'all',
         'tried': len(some),
+        'batch_norm': sum(r['name'] not in without for r in some),
         'parity': sum(r.get('parity', 1) <= zoo_lib.PARITY for r in some),
         'refused': counts['refused'],
         'student': sum('student_error' in r for r in some),

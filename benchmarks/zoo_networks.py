@@ -1,22 +1,13 @@
 """Builds networks of torchvision, timm and pytorchcv that look trained."""
 
-import sys
-
 import torch
 from torch import nn
 from torch.nn import functional
 
-try:
-  import torchvision  # noqa: F401
-except RuntimeError:
-  # Its compiled part fits one build of torch. Classifiers do not need it, but
-  # it defines two operators without which the import fails, here as in timm
-  # and torch.export.
-  for module in [m for m in sys.modules if m.startswith('torchvision')]:
-    del sys.modules[module]
-  OPERATORS = torch.library.Library('torchvision', 'FRAGMENT')
-  for name in ('nms', 'qnms'):
-    OPERATORS.define(f'{name}(Tensor a, Tensor b, float c) -> Tensor')
+from clusterq_jax.importing import zoo
+
+# Its compiled part fits one build of torch; classifiers do not need it.
+zoo.import_library('torchvision', 'torchvision:')
 
 _IMAGES = 8  # that give the BatchNorm statistics
 _OCTAVES = 5

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import bit_exactness, integer_latency, runtimes, zoo
+from benchmarks import bit_exactness, integer_latency, runtimes
 from clusterq_jax import importing
 from clusterq_jax.deploy import fold, onnx_graph
 from clusterq_jax.errors import InputError
@@ -92,7 +92,7 @@ class Job:
     found = importing.logits(self.imported, images)
     difference = importing.difference(found, expected)
     yield {'parity': float(f'{difference:.2g}')}
-    if not difference <= zoo.PARITY:
+    if not difference <= importing.SOUND:
       yield {'torch_rounding': self._torch_rounding(images, expected)}
 
   def _torch_rounding(self, images: np.ndarray, single: np.ndarray) -> float:

@@ -18,6 +18,7 @@ zoo            builds networks of torchvision, timm and pytorchcv by name
 from clusterq_jax.importing.files import check_output, write
 from clusterq_jax.importing.network import Imported, import_program
 from clusterq_jax.importing.torch_networks import (
+  SOUND,
   describe,
   difference,
   from_torch,
@@ -27,6 +28,7 @@ from clusterq_jax.importing.torch_networks import (
 )
 
 __all__ = [
+  'SOUND',
   'Imported',
   'check_output',
   'describe',

@@ -36,8 +36,8 @@ def build(name: str, path: str | os.PathLike[str], entry: str = '') -> Any:
   if source not in SOURCES or not model:
     known = ', '.join(f'{source}:NAME' for source in SOURCES)
     raise InputError(f'--arch={name}: expected one of {known}')
-  torch = _import('torch', name)
-  models = _import(SOURCES[source], name)
+  torch = import_library('torch', name)
+  models = import_library(SOURCES[source], name)
   state = {
     key: torch.as_tensor(value) for key, value in _state(path, entry).items()
   }
@@ -88,7 +88,16 @@ def expected_input(name: str, network: Any) -> dict[str, Any]:
   return {'image_size': tuple(network.in_size)}
 
 
-def _import(module: str, name: str) -> Any:
+def import_library(module: str, name: str) -> Any:
+  """Imports a library, also one with a torchvision built for another torch.
+
+  Args:
+    module: name of the module.
+    name: value of `--arch`, for messages.
+
+  Raises:
+    InputError: it cannot be imported.
+  """
   try:
     try:
       return importlib.import_module(module)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from benchmarks import records, zoo
+from clusterq_jax import importing
 
 _LIMITS = zoo.Limits(seconds=30, megabytes=1000)
 
@@ -24,6 +25,10 @@ def _tell(script, report):
 
 def _run(script, limits=_LIMITS):
   return zoo.supervise(_tell, (script,), limits)
+
+
+def test_parity_is_what_an_import_calls_sound():
+  assert zoo.PARITY == importing.SOUND
 
 
 def test_a_process_that_ends_well():
