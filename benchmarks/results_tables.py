@@ -17,6 +17,8 @@ NETWORKS = {
   'cifar10_resnet20_fast': 'ResNet-20, CIFAR-10',
   'cifar100_variant': 'ResNet-20 variant, CIFAR-100',
   'efficientnet_lite0': 'EfficientNet-Lite0, ImageNet',
+  'mobilenet_v1_025': 'MobileNetV1 0.25, ImageNet',
+  'se_network': 'network with squeeze-excite, Fashion-MNIST',
 }
 BITS = ('W4A4', 'W3A3', 'W4A8', 'W8A8')
 _KINDS = {
