@@ -138,7 +138,8 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   }
   graph = trace(registry.builder('resnet8', num_classes=4))
   names = ('ant', 'bee', 'cat', 'dog')
-  weights.save(path, graph, _teacher_variables(), expected, names)
+  variables = _teacher_variables()
+  weights.save(path, graph, variables, expected, names, arch='resnet8')
   return path
 
 
