@@ -77,7 +77,14 @@ def _session(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', _FILES, ids=_name)
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(p, marks=pytest.mark.full if _name(p) in _LIKE else ())
+    for p in _FILES
+  ],
+  ids=_name,
+)
 def test_every_phase_can_be_traced(path):
   session = _session(_shrunk(path))
   state = jax.eval_shape(
