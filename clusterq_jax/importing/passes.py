@@ -299,7 +299,8 @@ def _final(layer: Layer, source: str) -> Layer:
     if high != wide:
       raise InputError(
         f'{source}: {layer.where}: it takes every {high}-th row and every '
-        f'{wide}-th column; only equal steps can be imported'
+        f'{wide}-th column, and only equal steps can be imported; replace the '
+        'module, or take a network without it'
       )
     layer.op = 'max_pool'
     layer.options = {'kernel': (1, 1), 'strides': high, 'padding': UNPADDED}
@@ -331,8 +332,9 @@ def _final(layer: Layer, source: str) -> Layer:
     value = layer.options.pop('value')
     if value != 0:
       raise InputError(
-        f'{source}: {layer.where}: it pads with {value:g}; only zeros, or '
-        'values far below all others before a max pool, can be imported'
+        f'{source}: {layer.where}: it pads with {value:g}, and only zeros, or '
+        'values far below all others before a max pool, can be imported; '
+        'replace the module, or take a network without it'
       )
   return layer
 

@@ -126,7 +126,7 @@ class Translator:
     value = self.feature(name)
     if not value.is_map:
       self.refuse(
-        f'it takes a tensor of shape {list(value.shape)}; only tensors '
+        f'it takes a tensor of shape {list(value.shape)}, and only tensors '
         '[N, C, H, W], in this order, and vectors [N, C] can be imported'
       )
     return value.layer
@@ -136,7 +136,7 @@ class Translator:
     value = self.operand(name)
     if isinstance(value, Feature):
       self.refuse(
-        f'its {name} depends on the image; only fixed ones can be imported'
+        f'its {name} depends on the image, and only fixed ones can be imported'
       )
     if value is None or isinstance(value, np.ndarray):
       return value
@@ -188,7 +188,7 @@ class Translator:
     high, wide = self.integers(name, (default, default))
     if high != wide:
       self.refuse(
-        f'its {name} differs between height and width ({high}, {wide}); only '
+        f'its {name} differs between height and width ({high}, {wide}), and only '
         'equal ones can be imported'
       )
     if high < 1:

@@ -30,7 +30,7 @@ def affine(
     if vector is None or not np.isfinite(vector).all():
       t.refuse(
         f'a constant of shape {list(constant.shape)} differs between pixels, '
-        'or is not finite; only one number per channel can be imported'
+        'or is not finite, and only one number per channel can be imported'
       )
     arrays[name] = vector
   layer = t.add('affine', [value.layer], value.layer.shape, arrays)
@@ -51,7 +51,7 @@ def _elementwise(t: Translator, op: str, x: Feature, y: Feature) -> Feature:
     )
     if not fits:
       t.refuse(
-        f'it combines shapes {list(x.shape)} and {list(y.shape)}; only equal '
+        f'it combines shapes {list(x.shape)} and {list(y.shape)}, and only equal '
         'shapes, or [N, C, H, W] with [N, C, 1, 1], can be imported'
       )
     x, y = large, small
@@ -93,7 +93,7 @@ def _product(t: Translator) -> Feature:
 def _quotient(t: Translator) -> Feature:
   x, y = _operands(t)
   if isinstance(y, Feature) or t.plain('rounding_mode') is not None:
-    t.refuse('it divides by a tensor, or rounds; neither can be imported')
+    t.refuse('it divides by a tensor, or rounds, and neither can be imported')
   with np.errstate(all='ignore'):
     return affine(t, x, 1 / np.asarray(y, np.float64))
 

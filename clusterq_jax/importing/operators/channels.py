@@ -22,7 +22,7 @@ def _cat(t: Translator) -> Feature:
   if t.integer('dim', 0) not in (1, 1 - rank):
     t.refuse(
       f'over the axis {t.integer("dim", 0)} of tensors '
-      f'{list(features[0].shape)}; only over channels, axis 1, can it be '
+      f'{list(features[0].shape)}, and only over channels, axis 1, can it be '
       'imported'
     )
   batch = features[0].shape[0]
@@ -66,7 +66,7 @@ def _part(t: Translator, value: Feature, start: int, stop: int) -> Feature:
   numbers = product(value.shape[2:])
   if not 0 <= start < stop <= value.shape[1] or numbers % (h * w):
     t.refuse(
-      f'it takes {start} to {stop} of axis 1 of {list(value.shape)}; only '
+      f'it takes {start} to {stop} of axis 1 of {list(value.shape)}, and only '
       'parts that are whole channels can be imported'
     )
   shape = (value.shape[0], stop - start, *value.shape[2:])
@@ -149,7 +149,7 @@ def _slice(t: Translator) -> Feature:
     return padding.cropped(t, value, vertical, horizontal)
   t.refuse(
     f'it takes {start} to {stop} in steps of {step} of axis {axis} of '
-    f'{list(value.shape)}; only ranges of channels, rows or columns, and every '
+    f'{list(value.shape)}, and only ranges of channels, rows or columns, and every '
     'n-th row and column from the first on, can be imported'
   )
 
@@ -214,6 +214,6 @@ def _permute(t: Translator) -> Feature:
     if groups * n == c and product(sides) == h * w:
       return Feature(_shuffled(t, value, groups), shape)
   t.refuse(
-    f'it reorders the axes of {list(value.shape)} to {order}; only channel '
+    f'it reorders the axes of {list(value.shape)} to {order}, and only channel '
     'shuffles [N, groups, n, H, W] to [N, n, groups, H, W] can be imported'
   )

@@ -57,7 +57,7 @@ def cropped(
   shape = (c, h - sum(vertical), w - sum(horizontal))
   if max(sum(vertical), sum(horizontal)) > _MOST_CROPPED:
     t.refuse(
-      f'it crops {h}x{w} pixels to {shape[1]}x{shape[2]}; only up to '
+      f'it crops {h}x{w} pixels to {shape[1]}x{shape[2]}, and only up to '
       f'{_MOST_CROPPED} rows and columns can be cropped'
     )
   layer = t.add('crop', [x], shape, margins=(vertical, horizontal))
@@ -70,7 +70,7 @@ def _pad(t: Translator) -> Feature:
   pads = t.integers('pad', (), None)
   mode = t.plain('mode', 'constant')
   if mode != 'constant':
-    t.refuse(f'padding of mode {mode!r:.20}; only zeros can be imported')
+    t.refuse(f'padding of mode {mode!r:.20}, and only zeros can be imported')
   if len(pads) % 2 or len(pads) > 8 or len(value.shape) != 4:
     t.refuse(f'its pad is {pads}')
   fill = t.plain('value')
@@ -90,6 +90,6 @@ def _pad(t: Translator) -> Feature:
     x = padded(t, x, (vertical, horizontal), fill)
   if channels != (0, 0):
     if fill != 0:
-      t.refuse(f'it pads channels with {fill}; only zeros can be imported')
+      t.refuse(f'it pads channels with {fill}, and only zeros can be imported')
     x = more_channels(t, x, *channels)
   return Feature(x, (value.shape[0], *x.shape))

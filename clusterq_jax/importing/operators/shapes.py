@@ -26,7 +26,7 @@ def _expand(t: Translator) -> Feature:
   ):
     return Feature(value.layer, shape)
   t.refuse(
-    f'it expands {list(value.shape)} to {list(shape)}; only vectors '
+    f'it expands {list(value.shape)} to {list(shape)}, and only vectors '
     '[N, C, 1, 1] can be expanded'
   )
 
@@ -44,7 +44,9 @@ def _dropout(t: Translator) -> Feature:
 def _identity(t: Translator) -> Feature:
   kind, other = t.plain('dtype'), t.operand('other')
   if isinstance(kind, str) and kind not in constants.FLOATS:
-    t.refuse(f'it casts to {kind:.20}; only floating-point types are known')
+    t.refuse(f'it casts to {kind:.20}, and only floating-point types are known')
   if isinstance(other, np.ndarray) and other.dtype.kind != 'f':
-    t.refuse(f'it casts to {other.dtype}; only floating-point types are known')
+    t.refuse(
+      f'it casts to {other.dtype}, and only floating-point types are known'
+    )
   return t.feature()

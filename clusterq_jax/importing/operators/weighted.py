@@ -71,7 +71,7 @@ def _linear(t: Translator) -> Feature:
   c, h, w = x.layer.shape
   if len(x.shape) != 2 or x.shape[1] != c * h * w:
     t.refuse(
-      f'it takes a tensor of shape {list(x.shape)}; only dense layers on '
+      f'it takes a tensor of shape {list(x.shape)}, and only dense layers on '
       'vectors [N, C] can be imported'
     )
   if weight is None or weight.ndim != 2 or weight.shape[1] != c * h * w:
