@@ -246,24 +246,27 @@ def _fold_pad(layer: Layer, counts: Counts) -> Layer:
   pad = layer.inputs[0]
   value, more = pad.options['value'], pad.options['padding']
   own = layer.options.get('padding', UNPADDED)
+  whole = tuple(
+    (a + c, b + d) for (a, b), (c, d) in zip(own, more, strict=True)
+  )
   if layer.op in _CONVS:
     fits = value == 0
-  elif layer.op == 'max_pool':
-    # A padding below all values is what a pool itself takes.
+  elif layer.op in ('max_pool', 'avg_pool'):
+    # A padding below all values is what a max pool itself takes.
     fits = value <= -1e4
+    if layer.op == 'avg_pool':
+      counts_zeros = layer.options.get('count_padding', False)
+      fits = value == 0 and (counts_zeros or own == UNPADDED)
+    # A window must have a pixel of the image.
+    sides = zip(whole, layer.options['kernel'], strict=True)
+    fits = fits and all(max(pads) < side for pads, side in sides)
   else:
-    fits = (
-      layer.op == 'avg_pool'
-      and value == 0
-      and (layer.options.get('count_padding', False) or own == UNPADDED)
-    )
-    if fits:
-      layer.options['count_padding'] = True
+    fits = False
   if fits:
     layer.inputs = [pad.inputs[0]]
-    layer.options['padding'] = tuple(
-      (a + c, b + d) for (a, b), (c, d) in zip(own, more, strict=True)
-    )
+    layer.options['padding'] = whole
+    if layer.op == 'avg_pool':
+      layer.options['count_padding'] = True
   return layer
 
 

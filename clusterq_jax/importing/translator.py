@@ -188,8 +188,8 @@ class Translator:
     high, wide = self.integers(name, (default, default))
     if high != wide:
       self.refuse(
-        f'its {name} differs between height and width ({high}, {wide}), and only '
-        'equal ones can be imported'
+        f'its {name} differs between height and width ({high}, {wide}), and '
+        'only equal ones can be imported'
       )
     if high < 1:
       self.refuse(f'its {name} is {high}, expected at least 1')

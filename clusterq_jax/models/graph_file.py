@@ -143,9 +143,7 @@ def check_shapes(graph: Graph, image_shape: tuple[int, int, int]) -> None:
       if h * w * c > _MOST_VALUES:
         _refuse(f'{node.name} pads to {h}x{w}x{c}', f'{_MOST_VALUES} values')
       sides = zip(pads, node.kernel, strict=True)
-      # Without a pixel of the image, such a window has no value.
-      blind = 'pool' in node.op and not node.count_padding
-      if blind and any(max(pad) >= side for pad, side in sides):
+      if 'pool' in node.op and any(max(pad) >= side for pad, side in sides):
         _refuse(f'{node.name} pads by {pads}', 'less than its window')
   for name, leaves in variables['params'].items():
     size = 1

@@ -164,6 +164,10 @@ _MIDDLES = {
     nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(8, 8, (3, 1))),
     'conv',
   ),
+  'pad by more than a window': (
+    lambda x: functional.avg_pool2d(functional.pad(x, (1, 0, 1, 0)), 1, 2),
+    'pad avg_pool',
+  ),
   'pad with the lowest number': (
     lambda x: functional.max_pool2d(
       functional.pad(x, (0, 1, 0, 1), value=float('-inf')), 3, 2

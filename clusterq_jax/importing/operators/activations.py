@@ -75,9 +75,7 @@ def _clip(t: Translator) -> Feature:
   if op == 'hardtanh':
     low, high = t.number('min_val', -1), t.number('max_val', 1)
   if not (type(low) in (int, float) and type(high) in (int, float)):
-    t.refuse(
-      f'it clips to ({low!r:.20}, {high!r:.20}), and it needs two numbers'
-    )
+    t.refuse(f'it clips to ({low!r:.20}, {high!r:.20}), expected two numbers')
   if not 1e-6 < high - low < 1e6:
     t.refuse(f'it clips to ({low}, {high})')
   # Any other range is that of relu6, scaled and shifted.

@@ -51,8 +51,8 @@ def _elementwise(t: Translator, op: str, x: Feature, y: Feature) -> Feature:
     )
     if not fits:
       t.refuse(
-        f'it combines shapes {list(x.shape)} and {list(y.shape)}, and only equal '
-        'shapes, or [N, C, H, W] with [N, C, 1, 1], can be imported'
+        f'it combines shapes {list(x.shape)} and {list(y.shape)}, and only '
+        'equal shapes, or [N, C, H, W] with [N, C, 1, 1], can be imported'
       )
     x, y = large, small
   layer = t.add(op, [x.layer, y.layer], x.layer.shape)

@@ -149,8 +149,8 @@ def _slice(t: Translator) -> Feature:
     return padding.cropped(t, value, vertical, horizontal)
   t.refuse(
     f'it takes {start} to {stop} in steps of {step} of axis {axis} of '
-    f'{list(value.shape)}, and only ranges of channels, rows or columns, and every '
-    'n-th row and column from the first on, can be imported'
+    f'{list(value.shape)}, and only ranges of channels, rows or columns, and '
+    'every n-th row and column from the first on, can be imported'
   )
 
 

@@ -119,8 +119,8 @@ def _repeated(t: Translator, x: Layer, sizes: Sequence[int]) -> Feature:
   factor = max(sizes[0] // h, 1)
   if [h * factor, w * factor] != list(sizes):
     t.refuse(
-      f'it resizes {h}x{w} pixels to {sizes[0]}x{sizes[1]}, and only whole factors '
-      'that are equal in both directions can be imported'
+      f'it resizes {h}x{w} pixels to {sizes[0]}x{sizes[1]}, and only whole '
+      'factors that are equal in both directions can be imported'
     )
   if factor == 1:
     layer = x
@@ -143,8 +143,8 @@ def _upsample(t: Translator) -> Feature:
     # torch takes pixels by the factor, not by the size of the result.
     if factor is not None and factor != size / old:
       t.refuse(
-        f'its factor is {factor}, and only whole factors that are equal in both '
-        'directions can be imported'
+        f'its factor is {factor}, and only whole factors that are equal in '
+        'both directions can be imported'
       )
   return _repeated(t, x, shape[2:])
 
@@ -175,8 +175,8 @@ def _mean(t: Translator) -> Feature:
     layer = _window(t, 'avg_pool', x, kernel, (1, 1), ((0, 0), (0, 0)))
   else:
     t.refuse(
-      f'over the axes {sorted(dims)} of {list(value.shape)}, and only over height '
-      'and width can it be imported'
+      f'over the axes {sorted(dims)} of {list(value.shape)}, and only over '
+      'height and width can it be imported'
     )
   if not shape or product(shape) != shape[0] * product(layer.shape):
     t.refuse(f'its result is {list(shape)}')
