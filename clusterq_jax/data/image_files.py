@@ -40,8 +40,8 @@ class ImageFiles:
     open: returns the file at an index, or its path.
     name: returns the name of the file at an index, for messages.
     shape: (N, H, W, C).
-    resize: length of the shorter side before the crop, in pixels; 0 keeps the
-      size.
+    resize: length of the shorter side before the crop, in pixels; more if a
+      crop that is not square needs it. 0 keeps the size.
     broken: reasons why files could not be decoded, by index; filled while
       decoding.
   """
