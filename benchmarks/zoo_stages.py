@@ -64,7 +64,7 @@ class Job:
       logits = network(x)
     self.program.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, self.program)
-    logits = _only_tensor(logits).numpy()
+    logits = importing.only_tensor(logits).numpy()
     images = x.numpy().transpose(0, 2, 3, 1)
     # A process that is stopped here must not leave half a file.
     new = self.answers.with_suffix('.new.npz')
@@ -102,7 +102,9 @@ class Job:
     network = torch.export.load(self.program).module().double()
     with torch.no_grad():
       double = network(torch.tensor(images.transpose(0, 3, 1, 2)).double())
-    rounding = importing.difference(single, _only_tensor(double).numpy())
+    rounding = importing.difference(
+      single, importing.only_tensor(double).numpy()
+    )
     return float(f'{rounding:.2g}')
 
   def student(self) -> Stage:
@@ -188,13 +190,6 @@ class Job:
       'speedup': round(ratio, 2),
       'rounds': len(rounds),
     }
-
-
-def _only_tensor(logits: Any) -> Any:
-  """Returns the tensor in a tuple or a dictionary of one."""
-  while not hasattr(logits, 'numpy'):
-    (logits,) = getattr(logits, 'values', lambda x=logits: x)()
-  return logits
 
 
 def _error(found: Any, wanted: Any) -> float:

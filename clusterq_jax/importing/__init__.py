@@ -24,6 +24,7 @@ from clusterq_jax.importing.torch_networks import (
   from_torch,
   import_live,
   logits,
+  only_tensor,
   parity,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
   'import_live',
   'import_program',
   'logits',
+  'only_tensor',
   'parity',
   'write',
 ]

@@ -205,7 +205,7 @@ def evaluate(
 
 
 def _is_bomb(op: str, values: Any, arrays: list[np.ndarray]) -> bool:
-  """Tells whether numpy would make more numbers of some than is allowed."""
+  """Tells whether an operator would broadcast its operands to too many."""
   if op == 'batch_norm':
     return any(a.size not in (1, *values.shape[1:2]) for a in arrays[1:])
   if op in _BROADCASTS:

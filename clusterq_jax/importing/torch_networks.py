@@ -64,16 +64,30 @@ def parity(network: Any, imported: Imported, images: int = _IMAGES) -> float:
   )
   with torch.no_grad():
     expected = network(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
-  # Some networks wrap their only tensor in a dictionary or a tuple.
-  while not hasattr(expected, 'numpy'):
-    values = expected.values() if hasattr(expected, 'values') else expected
-    (expected,) = values
-  wanted = expected.numpy()
-  return difference(logits(imported, x), wanted)
+  return difference(logits(imported, x), only_tensor(expected).numpy())
+
+
+def only_tensor(result: Any) -> Any:
+  """Returns the tensor of a result, which may be a dictionary or tuple of it.
+
+  Args:
+    result: what a torch.nn.Module returned.
+
+  Raises:
+    ValueError: there are several tensors.
+  """
+  while not hasattr(result, 'numpy'):
+    (result,) = result.values() if hasattr(result, 'values') else result
+  return result
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> float:
-  """Returns the largest difference of a logit, over the largest logit."""
+  """Returns the largest difference of a logit, over the largest logit.
+
+  Args:
+    found: logits, [B, K].
+    wanted: the right ones, [B, K].
+  """
   return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 

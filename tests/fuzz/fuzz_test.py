@@ -31,6 +31,8 @@ _GROUPS = {
   'networks': kinds.NETWORKS,
   'others': tuple(kinds.KINDS.keys() - kinds.NETWORKS),
 }
+# Smallest share of inputs that load; nearly every change breaks a graph.
+_LEAST = {'networks': 0.05, 'others': 0.1}
 
 
 @pytest.mark.slow
@@ -58,6 +60,6 @@ def test_all_load_or_are_refused(group):
   # Inputs are neither all sound nor damaged past all recognition. By kind, one
   # input of 20 can decide, so that few kinds must show both.
   loaded = sum(result.outcome == 'loaded' for result in results)
-  assert 0.05 < loaded / len(results) < 0.9
+  assert _LEAST[group] < loaded / len(results) < 0.9
   both = sum(found == {'loaded', 'refused'} for found in outcomes.values())
   assert both >= 3
