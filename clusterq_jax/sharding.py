@@ -54,6 +54,18 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(mesh: jax.sharding.Mesh, tree):
+  """Copies arrays to every device, inside `jit`.
+
+  Args:
+    mesh: mesh from `make_mesh`.
+    tree: tree of arrays.
+  """
+  if mesh.size == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def split_batch(mesh: jax.sharding.Mesh, tree):
   """Splits arrays along the batch, inside `jit`.
 

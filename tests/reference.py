@@ -44,7 +44,7 @@ def numpy_batch_norm(h, variables):
 class FastCompiler(Compiler):
   """Compiles without optimizations, where compiling is what takes time."""
 
-  def __call__(self, function, *args, donate=False):
+  def compile(self, function, args, donate):
     jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
     return jitted.lower(*args).compile(
       {

@@ -11,7 +11,7 @@ _BATCH = 64  # of the short recipe
 _LEAST_BATCH = 8
 _PIXELS_OF_A_BATCH = 2**20  # at most
 _PIXELS_OF_A_STEP = 2**17  # of a run at budget 1; more shorten the run
-_PIXELS_OF_AN_EVALUATION = 2.5e6  # per call
+_PIXELS_OF_AN_EVALUATION = 2.5e6  # at most, per call
 _MOST_CHANNELS = 128
 _LEAST_SIDE = 7  # about the side of the generator's lowest resolution
 _CENTROID_BATCHES = 50  # at most, unless one image per class needs more
@@ -100,5 +100,5 @@ def values(image_size: tuple[int, int], num_classes: int) -> dict[str, Any]:
     'student.quant_lr': 2e-3 * batch / _BATCH,
     'centroids.images_per_class': images_per_class(image_size, num_classes),
     'schedule.batch_size': batch,
-    'eval.batch_size': min(250, max(1, evaluated)),
+    'eval.batch_size': min(_BATCH, max(1, evaluated)),
   }

@@ -203,8 +203,9 @@ class Augment:
     probability: Probability that a batch is cropped and flipped.
     flip: Whether mirrored images keep their class.
     mixup: Share of images that are blended with another image in student steps.
-    adversarial: Maximum adversarial step, in normalised pixel units, applied to
-      every other image in student steps; None: (8 - activation_bits) / 40.
+    adversarial: Maximum adversarial step, in normalised pixel units. A quarter
+      of the images of a student step took it after the step before. None: (8 -
+      activation_bits) / 40.
   """
 
   probability: float = field(0.0, _SHARE)
@@ -282,6 +283,9 @@ class Config:
     budget: Length of the run relative to the short recipe. It scales the steps
       and the pool where they are not set. None: from the network.
     checkpoint_every: Steps between checkpoints.
+    steps_per_call: Largest number of steps that the device makes on its own
+      before Python is asked again; it may differ when a run resumes. None: 1 on
+      a CPU, 10 on an accelerator.
     compute_dtype: Precision of convolutions; state and all other operations are
       float32.
   """
@@ -289,6 +293,7 @@ class Config:
   seed: int = field(0, Bounds(-_INT32, _INT32 - 1))
   budget: float = field(None, Bounds(1e-4, 1000))
   checkpoint_every: int = field(100, Bounds(1, 10**9))
+  steps_per_call: int | None = field(None, Bounds(1, 10**9))
   compute_dtype: str = field('float32', choices=('float32', 'bfloat16'))
   teacher: Teacher = Teacher()
   quant: Quant = Quant()

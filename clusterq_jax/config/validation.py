@@ -18,8 +18,8 @@ from clusterq_jax.models import registry
 
 # Version of config.json. Files of other versions hold other fields.
 SCHEMA = 2
-# Sections that may differ between runs of one workdir.
-FREE_SECTIONS = ('dryrun', 'eval', 'export', 'report')
+# Sections and fields that may differ between runs of one workdir.
+FREE = ('dryrun', 'eval', 'export', 'report', 'steps_per_call')
 # Default of quant.headroom by activation bits; more bits allow wider ranges.
 _HEADROOM = {2: 0.0, 3: 0.1}
 _MOST_HEADROOM = 0.2
@@ -285,8 +285,7 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
   return [
     f'{name}: {before.get(name)!r} -> {after.get(name)!r}'
     for name in sorted(before.keys() | after.keys())
-    if name.split('.')[0] not in FREE_SECTIONS
-    and before.get(name) != after.get(name)
+    if name.split('.')[0] not in FREE and before.get(name) != after.get(name)
   ]
 
 

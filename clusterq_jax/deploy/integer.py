@@ -202,13 +202,12 @@ def _input(layer: Layer, images: jax.Array) -> jax.Array:
 def _conv(layer: Layer, x: jax.Array) -> jax.Array:
   node = layer.node
   convolve = functools.partial(
-    convolution.convolve,
+    convolution.exact,
     strides=node.strides,
     pads=convolution.explicit(
       x.shape[1:3], node.kernel, node.strides, node.padding, node.dilation
     ),
     groups=node.groups,
-    precision=lax.Precision.HIGHEST,
     dilation=node.dilation,
   )
   sums = weighted_sums(layer, x, convolve)

@@ -5,8 +5,6 @@ multiplies each image with two bilinear interpolation matrices. Without a crop,
 the matrices are identities.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -84,20 +82,17 @@ def mixup(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
 
 
 def adversarial(
-  key: jax.Array,
-  x: jax.Array,
-  largest: float,
-  divergence: Callable[[jax.Array], jax.Array],
+  key: jax.Array, x: jax.Array, gradient: jax.Array, largest: float
 ) -> jax.Array:
-  """Takes one signed-gradient step (FGSM) that increases a divergence.
+  """Takes one signed-gradient step (FGSM) that increases a loss.
 
-  Only every other image takes the step. This is not in the paper.
+  This is not in the paper.
 
   Args:
     key: PRNG key of the step lengths, which are uniform for each image.
     x: images, [B, H, W, C].
-    largest: maximum step, in normalised pixel units; 0 returns x.
-    divergence: maps images to the scalar to increase.
+    gradient: d loss / d x, [B, H, W, C].
+    largest: maximum step, in normalised pixel units.
 
   Returns:
     The images after the step, [B, H, W, C].
@@ -106,11 +101,8 @@ def adversarial(
     Goodfellow et al., arXiv 1412.6572. Li et al., HAST, arXiv 2303.13826, also
     train on hard samples, but find them by other means.
   """
-  if largest == 0:
-    return x
-  direction = jnp.sign(jax.grad(divergence)(x[::2]))
-  size = largest * jax.random.uniform(key, (len(direction), 1, 1, 1))
-  return x.at[::2].add(size * direction)
+  size = largest * jax.random.uniform(key, (len(x), 1, 1, 1))
+  return x + size * jnp.sign(gradient)
 
 
 def _interpolation(

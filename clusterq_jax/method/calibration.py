@@ -3,37 +3,14 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from clusterq_jax import precision
 from clusterq_jax.layers import fake_quant, float_layers
 from clusterq_jax.method.networks import Networks
 from clusterq_jax.ops.moments import batch_statistics
 
 
-def uncalibrated(networks: Networks, teacher: Any) -> dict[str, Any]:
-  """Returns a student with the teacher's params and zeros in `quant`.
-
-  Args:
-    networks: teacher and student.
-    teacher: variables of the teacher.
-
-  Returns:
-    The student, {'params', 'quant'}, with the shapes that `calibrate` returns.
-  """
-  images = (networks.batch_size, *networks.generator.shape)
-  shapes = jax.eval_shape(
-    lambda teacher, x: calibrate(networks, teacher, x),
-    teacher,
-    jax.ShapeDtypeStruct(images, jnp.zeros(()).dtype),
-  )
-  return {
-    'params': jax.tree.map(jnp.asarray, teacher['params']),
-    'quant': jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), shapes['quant']
-    ),
-  }
-
-
+@precision.with_full_products
 def calibrate(networks: Networks, teacher: Any, x: jax.Array) -> dict[str, Any]:
   """Sets every quantizer from images.
 

@@ -79,6 +79,7 @@ def l2(
   centroids: centroids_lib.Centroids,
   first_semantic_layer: int,
   noise_key: jax.Array,
+  after_warmup: jax.Array | bool = True,
 ) -> tuple[Metrics, centroids_lib.Centroids]:
   """Computes the terms of L2 (eq. 10) and moves the centroids (eq. 5).
 
@@ -89,6 +90,8 @@ def l2(
     centroids: centroids of the semantic layers.
     first_semantic_layer: index of the first semantic layer.
     noise_key: PRNG key of the diversity term.
+    after_warmup: whether the class terms count and the centroids move, bool [].
+      Otherwise the loss is L1 (eq. 7).
 
   Returns:
     A pair. First, the terms, and their weighted sum as 'loss', [] each. Second,
@@ -99,6 +102,9 @@ def l2(
   # gradients, and another order would change the last bits.
   terms = l1(weights, seen, stored)
   classes = classes_of(seen.labels, seen.answers.logits)
+  # A class without a share has no loss, no gradient and no update.
+  share = jnp.where(after_warmup, classes.share, 0.0)
+  classes = classes._replace(share=share)
   semantic = seen.moments[first_semantic_layer:]
   of_batch = [class_statistics(m, classes) for m in semantic]
   of_centroids, share = centroids_lib.expected(centroids, classes)

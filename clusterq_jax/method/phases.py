@@ -5,7 +5,7 @@ from typing import NamedTuple
 from clusterq_jax.config.fields import Schedule
 
 # Signed-gradient steps of each procedural image.
-PROCEDURAL_STEPS = 10
+PROCEDURAL_STEPS = 5
 
 
 class Phase(NamedTuple):
@@ -42,7 +42,7 @@ def phases(schedule: Schedule) -> tuple[Phase, ...]:
     'calibrate_student': ('joint', 'student'),
   }
   for name, step, length in (
-    ('warm-up', 'warmup_step', schedule.warmup_steps),
+    ('warm-up', 'generator_step', schedule.warmup_steps),
     ('generator', 'generator_step', schedule.generator_steps),
     (
       'procedural',

@@ -27,6 +27,8 @@ class TrainState(struct.PyTreeNode):
     centroids: class centroids of the semantic layers.
     pool: images for the student, uint8 [(P + M) * B, H, W, C], or None if
       P = M = 0; see `method/pool.py`.
+    moved: images that the last student step moved and the next one uses,
+      normalised, [B // 4, H, W, C]; None without such steps.
     bad_step: first step after which a loss or a parameter was not finite, or
       -1, int32 [].
   """
@@ -38,6 +40,7 @@ class TrainState(struct.PyTreeNode):
   student_opt: Any
   centroids: Centroids
   pool: jax.Array | None
+  moved: jax.Array | None
   bad_step: jax.Array
 
   def count_step(self, metrics: dict[str, jax.Array]) -> 'TrainState':

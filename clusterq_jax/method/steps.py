@@ -1,8 +1,7 @@
 """The steps of the method, as pure functions of the train state.
 
     step              updates                            loss
-    warmup_step       generator                          L1 (eq. 7)
-    generator_step    generator                          L2 (eq. 10)
+    generator_step    generator                          L1 (eq. 7), L2 (eq. 10)
     procedural_step   pixels of procedural images        eq. 9
     joint_step        generator; student on its images   L2; L3 (eq. 11)
     student_step      student on images of the pool      L3
@@ -17,7 +16,6 @@ References:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,12 +41,18 @@ from clusterq_jax.method.objectives import Generated, Metrics
 from clusterq_jax.method.pool import PoolLayout
 from clusterq_jax.method.state import TrainState
 from clusterq_jax.ops.moments import Statistics
+from clusterq_jax.quant import quantizers
 
 StepResult = tuple[TrainState, Metrics]
+Step = Callable[[TrainState, Any, jax.Array], StepResult]
 _RANGE_DECAY = 0.9  # decay of the moving average of ranges, per student step
 _RANGE_STEPS = 800  # student steps in which ranges that are not learned adapt
 _CALIBRATION_BATCHES = 4  # maximum number of procedural batches to calibrate on
-_PIXEL_STEP = 0.03  # size of a procedural step, in normalised pixel units
+# Sizes of the steps of a procedural image: the first one, in normalised pixel
+# units, and the ratio of each to the one before. Five such steps reach the loss
+# of ten of 0.03.
+_PIXEL_STEP, _PIXEL_DECAY = 0.08, 0.7
+_MOVED = 4  # one of so many images of a student step is a moved one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,9 @@ class Steps:
     z = jnp.zeros((1, networks.generator.latent_dim))
     labels = jnp.zeros((1,), int)
     generator = networks.generator.init(key, z, labels)['params']
-    student = calibration.uncalibrated(networks, teacher)
+    params = jax.tree.map(jnp.asarray, teacher['params'])
+    quant = quantizers.uncalibrated(networks.plan, params)
+    student = {'params': params, 'quant': quant}
     names = networks.graph.batch_norms[self._semantic]
     channels = [teacher['batch_stats'][name]['mean'].shape[0] for name in names]
     return TrainState(
@@ -98,8 +104,16 @@ class Steps:
       student_opt=self.student_optimizer.init(self._trained(student)),
       centroids=centroids_lib.empty(networks.num_classes, tuple(channels)),
       pool=self.pool.empty(),
+      moved=self._nothing_moved(),
       bad_step=jnp.full((), -1, jnp.int32),
     )
+
+  def _nothing_moved(self) -> jax.Array | None:
+    """Returns the images that `student_step` moves, before its first call."""
+    s = self.config.schedule
+    if not s.student_steps or not self.config.augment.adversarial:
+      return None
+    return jnp.zeros((s.batch_size // _MOVED, *self.networks.generator.shape))
 
   def abstract_state(self, key: jax.Array, teacher: Any) -> TrainState:
     """Returns shapes, dtypes and shardings of `init(key, teacher)`."""
@@ -145,7 +159,10 @@ class Steps:
     else:
       x, _ = self.networks.generate(state.generator, key)
     student = calibration.calibrate(self.networks, teacher, x)
-    return state.replace(student=student)
+    state = state.replace(student=student)
+    if state.moved is not None:
+      state = state.replace(moved=x[: len(state.moved)])
+    return state
 
   # -------------------------------------------------------- the generator
 
@@ -195,9 +212,22 @@ class Steps:
     return state.replace(generator=new, generator_opt=opt), more
 
   def _move_by_l2(
-    self, state: TrainState, teacher: Any, key: jax.Array, augmented: bool
+    self,
+    state: TrainState,
+    teacher: Any,
+    key: jax.Array,
+    augmented: bool = False,
+    after_warmup: jax.Array | bool = True,
   ) -> tuple[TrainState, Metrics, Generated]:
-    """Updates the generator once on L2 and stores its images in the pool."""
+    """Updates the generator once on L2 and stores its images in the pool.
+
+    Args:
+      state: train state.
+      teacher: variables of the teacher.
+      key: PRNG key of the step.
+      augmented: whether the teacher sees augmented images.
+      after_warmup: see `objectives.l2`.
+    """
     image_key, augment_key, noise_key = jax.random.split(key, 3)
 
     def loss(params):
@@ -211,6 +241,7 @@ class Steps:
         state.centroids,
         self.first_semantic_layer,
         noise_key,
+        after_warmup,
       )
       return terms['loss'], (terms, centroids, seen)
 
@@ -229,7 +260,7 @@ class Steps:
     x: jax.Array,
     labels: jax.Array,
     answers: Answers,
-  ) -> StepResult:
+  ) -> tuple[TrainState, Metrics, jax.Array]:
     """Updates the student once on L3 (eq. 11).
 
     Args:
@@ -238,6 +269,9 @@ class Steps:
       x: normalised images, [B, H, W, C].
       labels: int [B].
       answers: the teacher's answers to x.
+
+    Returns:
+      The new state, the metrics, and d loss / d x with the answers held fixed.
     """
     networks = self.networks
     layers = fake_quant.layer_set(
@@ -245,7 +279,7 @@ class Steps:
     )
     network = networks.build(layers)
 
-    def loss_fn(trained):
+    def loss_fn(trained, x):
       batch_stats = teacher['batch_stats']
       variables = {**state.student, **trained, 'batch_stats': batch_stats}
       own, seen = networks.answers(network, variables, x, 'ranges')
@@ -253,7 +287,9 @@ class Steps:
       return terms['loss'], (terms, seen)
 
     trained = self._trained(state.student)
-    grads, (terms, seen) = jax.grad(loss_fn, has_aux=True)(trained)
+    (grads, dx), (terms, seen) = jax.grad(loss_fn, (0, 1), has_aux=True)(
+      trained, x
+    )
     updates, opt = self.student_optimizer.update(
       grads, state.student_opt, trained
     )
@@ -261,7 +297,7 @@ class Steps:
     if not networks.plan.learned:
       student['quant'] = self._adapt_ranges(student['quant'], seen, state.step)
     state = state.replace(student=student, student_opt=opt)
-    return state, _named('student', terms)
+    return state, _named('student', terms), dx
 
   def _adapt_ranges(self, quant: Any, seen: Any, step: jax.Array) -> Any:
     """Moves activation ranges that are not learned towards the batch's."""
@@ -271,39 +307,49 @@ class Steps:
       lambda old, new: (1 - weight) * old + weight * new, quant, seen['ranges']
     )
 
-  def _harden(
-    self, key: jax.Array, state: TrainState, teacher: Any, x: jax.Array
-  ) -> jax.Array:
-    """Moves every other image to increase the KL of student and teacher."""
-    divergence = functools.partial(
-      self.networks.divergence, state.student, teacher
-    )
-    largest = self.config.augment.adversarial
-    return augment.adversarial(key, x, largest, divergence)
-
   # ------------------------------------------------------------ the steps
   #
   # Each step takes (state, teacher, key) and returns the new state and metrics.
   # The key is the same for the whole run. Each step folds its number into it.
 
-  def warmup_step(self, state: TrainState, teacher: Any, key: jax.Array):
-    """Updates the generator on L1 (eq. 7)."""
-    key = jax.random.fold_in(key, state.step)
-    image_key, *_ = jax.random.split(key, 3)
+  def repeated(self, step: Step) -> Callable[..., StepResult]:
+    """Returns a function that makes several steps of one kind on the device.
 
-    def loss(params):
-      seen = self._see(params, teacher, image_key)
-      terms = objectives.l1(self.config.loss, seen, self._stored(teacher))
-      return terms['loss'], terms
+    The number of steps is an argument, so one program serves every number and
+    gives the same bits in calls of any length.
 
-    state, terms = self._move_generator(state, loss)
-    metrics = _named('generator', terms)
-    return state.count_step(metrics), metrics
+    Args:
+      step: one of the steps below.
+
+    Returns:
+      A function of (state, teacher, key, count). `count` is int32 [], at least
+      1. The metrics are those of the last step.
+    """
+    traced = jax.jit(step)  # once, for its shapes and for the loop
+
+    def steps(state, teacher, key, count):
+      def body(_, carry):
+        new = traced(carry[0], teacher, key)
+        return sharding.replicate(self.networks.mesh, new)
+
+      shapes = jax.eval_shape(traced, state, teacher, key)[1]
+      none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      return jax.lax.fori_loop(0, count, body, (state, none))
+
+    steps.__name__ = step.__name__
+    return steps
 
   def generator_step(self, state: TrainState, teacher: Any, key: jax.Array):
-    """Updates the generator on L2 (eq. 10) and puts its images in the pool."""
+    """Updates the generator on L1 or L2 and puts its images in the pool.
+
+    It is L1 (eq. 7) during the warm-up and L2 (eq. 10) after it. One program
+    for both compiles in half the time.
+    """
     key = jax.random.fold_in(key, state.step)
-    state, metrics, _ = self._move_by_l2(state, teacher, key, augmented=False)
+    after_warmup = state.step >= self.config.schedule.warmup_steps
+    state, metrics, _ = self._move_by_l2(
+      state, teacher, key, after_warmup=after_warmup
+    )
     return state.count_step(metrics), metrics
 
   def procedural_step(self, state: TrainState, teacher: Any, key: jax.Array):
@@ -338,9 +384,10 @@ class Steps:
 
     x = sharding.split_batch(self.networks.mesh, x)
     loss, gradient = jax.value_and_grad(loss_fn)(x)
-    # The pool rounds to uint8, which would undo small steps. So all steps have
-    # the same size.
-    pixels = prep.to_pixels(x - _PIXEL_STEP * jnp.sign(gradient))
+    # The pool rounds to uint8, which would undo small steps. So all pixels move
+    # by the same length.
+    length = _PIXEL_STEP * _PIXEL_DECAY ** (done // layout.procedural)
+    pixels = prep.to_pixels(x - length * jnp.sign(gradient))
     pool = jax.lax.dynamic_update_slice_in_dim(pool, pixels, start, 0)
     metrics = {'procedural/loss': loss}
     return state.replace(pool=pool).count_step(metrics), metrics
@@ -349,7 +396,7 @@ class Steps:
     """Updates generator (L2) and student (L3) on the same images."""
     key = jax.random.fold_in(key, state.step)
     state, metrics, seen = self._move_by_l2(state, teacher, key, augmented=True)
-    state, more = self._move_student(
+    state, more, _ = self._move_student(
       state, teacher, seen.x, seen.labels, seen.answers
     )
     metrics |= more
@@ -358,23 +405,35 @@ class Steps:
   def student_step(self, state: TrainState, teacher: Any, key: jax.Array):
     """Updates the student (L3) on images drawn from the pool.
 
-    The label of an image is the class that the teacher predicts.
+    Most images are new. The others are new ones of the step before, moved to
+    increase its loss. Its update gave the direction, so they cost no pass of
+    their own. The label of an image is the class that the teacher predicts.
+
+    References:
+      Shafahi et al., arXiv 1904.12843, also take adversarial directions from
+      the backward pass that updates the weights.
     """
     key = jax.random.fold_in(key, state.step)
     draw_key, augment_key, mix_key, size_key = jax.random.split(key, 4)
     assert state.pool is not None
-    rows = jax.random.randint(
-      draw_key, (self.networks.batch_size,), 0, state.pool.shape[0]
-    )
+    moved = () if state.moved is None else (state.moved,)
+    count = self.networks.batch_size - sum(map(len, moved))
+    rows = jax.random.randint(draw_key, (count,), 0, len(state.pool))
     pixels = sharding.split_batch(self.networks.mesh, state.pool[rows])
-    x = self._augment(
+    fresh = self._augment(
       augment_key, self.networks.preprocessing.normalize(pixels)
     )
-    x = augment.mixup(mix_key, x, self.config.augment.mixup)
-    x = self._harden(size_key, state, teacher, x)
+    fresh = augment.mixup(mix_key, fresh, self.config.augment.mixup)
+    x = jnp.concatenate([fresh, *moved])
+    x = sharding.split_batch(self.networks.mesh, x)
     answers = self.networks.teacher_answers(teacher, x)
     labels = jnp.argmax(answers.logits, -1)
-    state, metrics = self._move_student(state, teacher, x, labels, answers)
+    state, metrics, dx = self._move_student(state, teacher, x, labels, answers)
+    if state.moved is not None:
+      ahead = fresh[: len(state.moved)]
+      largest = self.config.augment.adversarial
+      ahead = augment.adversarial(size_key, ahead, dx[: len(ahead)], largest)
+      state = state.replace(moved=ahead)
     return state.count_step(metrics), metrics
 
 

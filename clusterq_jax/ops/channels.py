@@ -1,9 +1,9 @@
 """Sums per channel, and a scale and shift per channel that uses them.
 
-Works around XLA's CPU backend (jax 0.10), which sums pixels channel by channel.
-For an array [128, 32, 32, 32], this takes 6.8 ms on two cores. Summing over
-images first, by a product with ones, takes 0.4 ms. Its rounding error is a
-tenth as large.
+Works around XLA's CPU backend, which sums pixels channel by channel (jax
+0.10.2, 0.11.2 and 0.12.0). For an array [128, 32, 32, 32], this takes 6.8 ms on
+two cores. Summing over images first, by a product with ones, takes 0.4 ms. Its
+rounding error is a tenth as large.
 """
 
 import jax

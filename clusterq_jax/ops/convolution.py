@@ -1,22 +1,26 @@
 """2-D convolution with fast forward and backward passes on every backend.
 
-Works around two slow parts of XLA's CPU backend (jax 0.10, two cores). Other
-backends keep XLA's convolutions, except for the 1x1 weight gradient.
+Works around two slow parts of XLA's CPU backend. The times below are those of
+jax 0.10 on two cores with AVX-512, with the options of `ops.compile`. On two
+cores without AVX-512, all of it also pays with jax 0.11.2 and 0.12.0: XLA takes
+3 to 50 times as long. Other backends keep XLA's convolutions, except for the
+1x1 weight gradient.
 
-1. Weight gradients. XLA computes them as a convolution with an image-sized
-   window, at 5-30 GFLOP/s; the forward pass reaches 60-150 GFLOP/s. Here they
-   are matrix products, with the same sums in another order:
+1. Weight gradients, which are matrix products here:
 
-   - 3x3 kernels: one product per kernel row. For 16 channels, 32x32 pixels and
-     batch 128 it takes 7.5 ms. One product per tap takes 14 ms, and XLA takes
-     four times as long as that.
-   - at most 4 output channels: one product for all taps. For 32 to 3 channels
-     it takes 6 ms instead of 27 ms.
-   - 1x1 kernels: one product. For 144 to 24 channels, 56x56 pixels and batch 16
-     it takes 4 ms instead of 30 ms.
+   - at most 4 output channels, one product: for 64 to 3 channels, 32x32 pixels
+     and batch 64 it takes 11 ms instead of 19 ms.
+   - 1x1 kernels, one product: for 144 to 24 channels, 56x56 pixels and batch 16
+     it takes 11 ms instead of 29 ms.
+   - 2x2 kernels, which the generator has, one product per kernel row: for 64 to
+     128 channels, 14x14 pixels and batch 64 XLA takes 930 ms.
 
-2. Depthwise convolutions, forward and backward. Here they are sums of shifted
-   products.
+   Other kernels keep XLA's gradient. With XLA's default options, products per
+   row were faster for all 3x3 kernels. With ours they are not.
+
+2. Depthwise convolutions. Here they are sums of shifted products. For 240
+   channels, 5x5 kernels, 28x28 pixels and batch 16, the forward pass takes 5 ms
+   instead of 313 ms, and the weight gradient 28 ms instead of 158 ms.
 """
 
 import functools
@@ -215,10 +219,9 @@ def _gradients(strides, padding, groups, dilation, x, kernel, g):
     # A 1x1 convolution is a matrix product of the pixels that it reads.
     x = x[:, ::strides, ::strides]
     return dx, _column_gradient(side, x, g)
-  if strides == 1 and same:
-    # With few outputs, products per row have too few columns to be fast.
-    product = _column_gradient if g.shape[-1] <= 4 else _row_gradient
-    fast = functools.partial(product, side)
+  few = g.shape[-1] <= 4
+  if strides == 1 and same and (few or side == 2):
+    fast = functools.partial(_column_gradient if few else _row_gradient, side)
     return dx, lax.platform_dependent(x, g, cpu=fast, default=xla_weight)
   return dx, xla_weight(x, g)
 
@@ -280,6 +283,64 @@ def patches(
   return jnp.stack(rows, 2).reshape(len(rows[0]), groups, -1)
 
 
+def exact(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: int,
+  pads: Pads,
+  groups: int = 1,
+  dilation: int = 1,
+) -> jax.Array:
+  """Convolves small integers exactly, on every platform.
+
+  For `convolve`, a GPU's library may choose an algorithm that multiplies sums
+  of inputs by fractions (Winograd) or transforms them (FFT). There, each tap of
+  the kernel is one matrix product.
+
+  Args:
+    x: integers in float32, [B, H, W, I].
+    kernel: integers in float32, [kh, kw, I / groups, O].
+    strides: see `convolve`.
+    pads: see `convolve`.
+    groups: see `convolve`.
+    dilation: see `convolve`.
+
+  Returns:
+    [B, H', W', O], exact if all partial sums are below 2^24.
+  """
+  options: Any = {
+    'strides': strides,
+    'pads': pads,
+    'groups': groups,
+    'dilation': dilation,
+  }
+  taps = functools.partial(_by_taps, **options)
+  xla = functools.partial(convolve, precision=lax.Precision.HIGHEST, **options)
+  return lax.platform_dependent(x, kernel, cpu=xla, tpu=xla, default=taps)
+
+
+def _by_taps(x, kernel, *, strides, pads, groups, dilation):
+  """Computes the result of `convolve` with one product for each tap."""
+  if _depthwise(x, kernel, groups):
+    return _shifted_sum(
+      x, kernel, strides=strides, pads=pads, dilation=dilation
+    )
+  height, width, inputs, outputs = kernel.shape
+  rows = kernel.reshape(-1, inputs, groups, outputs // groups)
+  taps = _taps(x, (height, width), strides, pads, dilation)
+  products = [
+    jnp.einsum(
+      'bhwgi,igo->bhwgo',
+      tap.reshape(*tap.shape[:-1], groups, inputs),
+      row,
+      precision=lax.Precision.HIGHEST,
+    )
+    for tap, row in zip(taps, rows, strict=True)
+  ]
+  y = functools.reduce(jnp.add, products)
+  return y.reshape(*y.shape[:3], outputs)
+
+
 def _shifted_sum(x, kernel, *, strides, pads, dilation):
   """Computes a depthwise convolution as a sum of shifted products."""
   size = kernel.shape[:2]
@@ -308,16 +369,21 @@ def _shifted_sum_transposed(g, kernel, *, strides, pads, dilation, shape):
 def _depthwise_weight_gradient(size, x, g, *, strides, pads, dilation):
   """Computes d loss / d kernel of a depthwise convolution."""
 
-  # One image at a time stays in the cache while all taps read it.
+  height, width, channels = g.shape[1:]
+  ones = jnp.ones(height, g.dtype)
+
+  # One image at a time stays in the cache while all taps read it. The product
+  # with ones sums over its rows; see `channels`.
   def add(total, image):
     x, g = image
     taps = _taps(x[None], size, strides, pads, dilation)
-    rows = [jnp.sum(tap * g, (0, 1, 2)) for tap in taps]
+    rows = [ones @ (tap[0] * g).reshape(height, -1) for tap in taps]
     return total + jnp.stack(rows), None
 
-  zeros = jnp.zeros((size[0] * size[1], x.shape[-1]), g.dtype)
+  zeros = jnp.zeros((size[0] * size[1], width * channels), g.dtype)
   rows, _ = lax.scan(add, zeros, (x, g))
-  return rows.reshape(*size, 1, -1)
+  taps = jnp.sum(rows.reshape(-1, width, channels), 1)
+  return taps.reshape(*size, 1, channels)
 
 
 # --- Weight gradient ---------------------------------------------------------

@@ -32,7 +32,7 @@ _TINY = 1e-8
 _MARGIN = 1 + 1e-6
 # Candidates of the MSE search, as fractions of the largest magnitude.
 _CLIPS = tuple(i / 40 for i in range(4, 41))
-# Approximate number of values in the sample of the zero point search.
+# Approximate number of values of a whole tensor that the searches read.
 _SAMPLE = 2**16
 
 
@@ -82,7 +82,8 @@ def _fake_quant_backward(residuals, g):
   code = jnp.clip(jnp.round(scaled), low, high)
   dstep = g * (code - jnp.where(inside, scaled, 0.0))
   if x.ndim > 1 and not step.ndim:
-    # XLA's CPU backend (jax 0.10) computes two sums in half the time of one.
+    # On XLA's CPU backend, two sums take 0.4 to 0.6 of the time of one (jax
+    # 0.10.2, 0.11.2 and 0.12.0).
     dstep = lax.optimization_barrier(jnp.sum(dstep, -1))
   axes = tuple(range(dstep.ndim - step.ndim))
   return dx, jnp.sum(dstep, axes).reshape(step.shape), None, None
@@ -110,7 +111,8 @@ def mse_step(
 ) -> jax.Array:
   """Searches the step with the smallest mean squared error.
 
-  The 37 candidates are fractions of `max_step`.
+  The 37 candidates are fractions of `max_step`. The step of a whole tensor is
+  that of a sample of its values.
 
   Args:
     x: array of any shape.
@@ -123,6 +125,8 @@ def mse_step(
   """
   x = lax.stop_gradient(x)
   widest = max_step(x, high, axes)
+  if len(axes) == x.ndim > 1:
+    x, axes = _sample(x), (0,)
 
   def error(clip):
     return jnp.mean(
@@ -131,6 +135,15 @@ def mse_step(
 
   clips = jnp.asarray(_CLIPS)
   return clips[jnp.argmin(lax.map(error, clips), 0)] * widest
+
+
+def _sample(x: jax.Array) -> jax.Array:
+  """Returns about `_SAMPLE` values of an array [..., C], evenly spaced."""
+  stride = max(1, x.size // _SAMPLE)
+  # A common divisor of stride and C would leave channels out of the sample.
+  while math.gcd(stride, x.shape[-1]) > 1:
+    stride += 1
+  return x.reshape(-1)[::stride]
 
 
 def mse_zero_point(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
@@ -148,12 +161,7 @@ def mse_zero_point(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     (step, zero point), [] each. The zero point is an integer in
     [0, 2^bits - 1]. No gradient flows into them.
   """
-  channels, x = x.shape[-1], lax.stop_gradient(x).reshape(-1)
-  stride = max(1, x.size // _SAMPLE)
-  # A common divisor of stride and C would leave channels out of the sample.
-  while math.gcd(stride, channels) > 1:
-    stride += 1
-  x = x[::stride]
+  x = _sample(lax.stop_gradient(x))
   _, high = activation_range(bits, signed=True)
   widest = max_step(x, high, (0,))
 

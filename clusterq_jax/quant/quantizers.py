@@ -73,6 +73,28 @@ def output_grid(plan: Plan, name: str, own: Mapping[str, Any]) -> Grid | None:
   return Grid(step, *output.codes(own.get('zero_point')))
 
 
+def uncalibrated(plan: Plan, params: Any) -> dict[str, Any]:
+  """Returns the collection `quant` of a student before its calibration.
+
+  Args:
+    plan: quantizers of the student.
+    params: parameters of the student.
+
+  Returns:
+    Zeros in the shapes that calibration fills.
+  """
+  quant: dict[str, dict[str, jax.Array]] = {}
+  if plan.learned:
+    for name, _ in plan.weights:
+      outputs = params[name]['kernel'].shape[-1:]
+      quant[name] = {'weights': jnp.zeros(outputs)}
+  for name, output in plan.outputs:
+    if output.step is None:
+      keys = ('output', 'zero_point')[: 1 + bool(output.zero_point)]
+      quant.setdefault(name, {}).update({key: jnp.zeros(()) for key in keys})
+  return quant
+
+
 def settle(plan: Plan, student: Any) -> dict[str, Any]:
   """Returns the student's params with every kernel rounded to its grid.
 

@@ -14,6 +14,7 @@ References:
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import solve_triangular
 
 from clusterq_jax.quant import numerics
 
@@ -80,8 +81,11 @@ def _compensate(kernel, moments, step, low, high):
   """
   # The inputs with the most power come first, while the others can compensate.
   order = jnp.argsort(-jnp.diagonal(moments))
-  inverse = jnp.linalg.inv(moments[order][:, order])
-  factor = jnp.linalg.cholesky(inverse, upper=True)
+  moments = moments[order][:, order]
+  # The upper Cholesky factor of the inverse, without the inverse: if flipped
+  # moments are L L', then moments are R R' with R = flipped L, upper.
+  flipped = jnp.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+  factor = solve_triangular(flipped, jnp.eye(len(order)))
 
   def round_one(i, weights):
     row = weights[i]

@@ -327,7 +327,7 @@ def latency(file: pathlib.Path) -> float | None:
     str(file), options, providers=['CPUExecutionProvider']
   )
   _, *shape = session.get_inputs()[0].shape
-  image = np.random.RandomState(0).randint(0, 256, (1, *shape), np.uint8)
+  image = np.random.default_rng(0).integers(0, 256, (1, *shape), np.uint8)
   times: list[float] = []
   began = time.perf_counter()
   while len(times) < 5 or time.perf_counter() - began < _TIMING_S:

@@ -96,6 +96,7 @@ def test_differences_name_field_and_both_values():
     ('eval.network', 'teacher'),
     ('eval.batch_size', 3),
     ('report.log_every', 7),
+    ('steps_per_call', 7),
   ],
 )
 def test_differences_leave_out_what_may_differ(field, value):

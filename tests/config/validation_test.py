@@ -115,6 +115,7 @@ _REFUSED = [
   ('schedule.procedural_batches', -1, '0 to '),
   ('report.log_every', 0, '1 to '),
   ('checkpoint_every', 0, '1 to '),
+  ('steps_per_call', 0, '1 to '),
   ('student.lr', float('nan'), 'finite'),
   ('student.lr', float('inf'), 'finite'),
   ('student.lr', -0.1, '0 to '),

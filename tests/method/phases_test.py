@@ -33,10 +33,10 @@ def test_all_phases_follow_one_another():
     ('warm-up', 0, 2),
     ('generator', 2, 3),
     ('procedural', 5, 4 * phases.PROCEDURAL_STEPS),
-    ('joint', 45, 5),
-    ('student', 50, 6),
+    ('joint', 25, 5),
+    ('student', 30, 6),
   ]
-  assert [p.end for p in found] == [2, 5, 45, 50, 56]
+  assert [p.end for p in found] == [2, 5, 25, 30, 36]
   assert [p.on_enter for p in found] == [
     (),
     ('initialize_centroids',),

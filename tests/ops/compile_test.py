@@ -18,9 +18,21 @@ def test_compiler_options(monkeypatch, tmp_path):
   info.write_text('flags: avx2 avx512f')
   wide = compile.compiler_options()
   assert options.items() < wide.items()
-  # XLA rejects options that it does not know.
+  # Every supported jax knows all options.
+  assert set(wide) - set(options) == {'xla_cpu_prefer_vector_width'}
+  assert 'xla_cpu_experimental_ynn_fusion_type' in options
   y = jax.jit(convolution.conv2d, compiler_options=wide)(x, kernel)
   assert y[0, 4, 4, 0] == 36
 
   monkeypatch.setattr('platform.machine', lambda: 'aarch64')
+  assert not compile.compiler_options()
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='options for CPUs')
+def test_an_unknown_option_is_left_out(monkeypatch, tmp_path):
+  info = tmp_path / 'cpuinfo'
+  info.write_text('flags: avx2')
+  monkeypatch.setattr(compile, '_CPU_INFO', info)
+  monkeypatch.setattr('platform.machine', lambda: 'x86_64')
+  monkeypatch.setattr(compile, '_YNN', 'xla_no_such_option')
   assert not compile.compiler_options()

@@ -80,6 +80,41 @@ def test_convolution(size, side, strides, padding, groups):
   np.testing.assert_allclose(found[2], reference[2], atol=2e-4)
 
 
+@pytest.mark.parametrize(
+  ('side', 'strides', 'padding', 'groups', 'features', 'dilation'),
+  [
+    (3, 1, 1, 1, 5, 1),
+    (3, 2, 'same', 1, 4, 1),
+    (3, 1, ((0, 2), (1, 0)), 3, 9, 2),
+    (5, 2, 1, 6, 6, 1),  # depthwise
+    (1, 2, 0, 2, 4, 1),
+  ],
+)
+def test_integers_by_taps(side, strides, padding, groups, features, dilation):
+  """What GPUs compute; sums below 2^24 are exact."""
+  random = np.random.RandomState(0)
+  x = random.randint(-255, 256, (2, 8, 7, 6)).astype(np.float32)
+  shape = side, side, 6 // groups, features
+  kernel = random.randint(-127, 128, shape).astype(np.float32)
+  pads = convolution.explicit(
+    x.shape[1:3], shape[:2], strides, padding, dilation
+  )
+  expected = lax.conv_general_dilated(
+    x.astype(np.int32),
+    kernel.astype(np.int32),
+    (strides, strides),
+    pads,
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=groups,
+  )
+  options = {'strides': strides, 'pads': pads, 'dilation': dilation}
+  found = convolution._by_taps(x, kernel, groups=groups, **options)
+  np.testing.assert_array_equal(found, expected)
+  found = convolution.exact(x, kernel, groups=groups, **options)
+  np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(('groups', 'strides'), [(1, 1), (1, 2), (8, 1)])
 def test_convolution_in_bfloat16(groups, strides):
   random = np.random.RandomState(0)
