@@ -21,7 +21,7 @@ from clusterq_jax.config import shipped
 from clusterq_jax.errors import InputError
 from clusterq_jax.modes import dryrun, evaluate, export, quantize, report
 from clusterq_jax.report import closing_table
-from clusterq_jax.runtime import distributed
+from clusterq_jax.runtime import compilation_cache, distributed
 from clusterq_jax.runtime import session as session_lib
 from clusterq_jax.runtime.preemption import Preempted
 
@@ -118,6 +118,7 @@ def main(argv: list[str]) -> int:
     return 0
   try:
     config, workdir = _parse(argv)
+    compilation_cache.enable()
     if _MODE.value == 'dryrun':
       return dryrun.dryrun(config)
     if _MODE.value == 'config':
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> int:
       raise
     traceback.print_exc()
     reason = (str(e).strip() or repr(e)).splitlines()[0]
-    print(distributed.lost_process_message(reason), file=sys.stderr)
+    distributed.tell_lost_process(reason)
     return 1
   return 0
 

@@ -28,10 +28,12 @@ from clusterq_jax.layers import float_layers
 from clusterq_jax.models import registry
 from clusterq_jax.models.graph import trace
 from clusterq_jax.modes import quantize
-from clusterq_jax.runtime import checkpoint
+from clusterq_jax.runtime import checkpoint, compilation_cache
 from clusterq_jax.runtime.compiler import Compiler
 from clusterq_jax.runtime.session import Session
 
+# Runs in this process leave the user's compiled programs alone.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = ''
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # Compilation takes most of the tests' time. This option cuts that time by a
@@ -164,19 +166,18 @@ def compile_cache(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, str]]:
   """Shares compiled programs; yields the variables that subprocesses need."""
-  options = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  jax_cache.reset_cache()  # JAX reads these options only once
-  yield {name.upper(): str(value) for name, value in options.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
-  jax_cache.reset_cache()
+  options = {'jax_persistent_cache_min_compile_time_secs': 0}
+  folder = str(tmp_path_factory.mktemp('compiled'))
+  variables = {'JAX_COMPILATION_CACHE_DIR': folder}
+  variables |= {name.upper(): str(value) for name, value in options.items()}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, text in variables.items():
+      patch.setenv(name, text)
+    for name, value in options.items():
+      jax.config.update(name, value)
+    compilation_cache.enable()
+    jax_cache.reset_cache()  # JAX reads these options only once
+    yield variables
 
 
 @pytest.fixture(scope='session')
@@ -231,17 +232,17 @@ def finished(
     config, workdir, results: input and output of the run.
     session: session of the run; steps, networks, teacher, variables are its.
     key: PRNG key of the steps.
-    compiled: compiled functions, in order.
+    compiled: functions that the run compiled, in order.
     programs: compiled programs, by name of the function.
   """
-  run = types.SimpleNamespace(compiled=[], programs={})
+  run, compiled = types.SimpleNamespace(programs={}), []
   run.config = runpy.run_path(str(tiny_config_file))['get_config']()
   run.workdir = tmp_path_factory.mktemp('finished') / 'run'
 
   class Recorder(Compiler):
-    def __call__(self, function, *args, **kwargs):
-      program = super().__call__(function, *args, **kwargs)
-      run.compiled.append(function.__name__)
+    def compile(self, function, *how):
+      program = super().compile(function, *how)
+      compiled.append(function.__name__)
       run.programs[function.__name__] = program
       return program
 
@@ -254,6 +255,7 @@ def finished(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(quantize, 'Session', Recorded)
     run.results = quantize.quantize(run.config, str(run.workdir))
+  run.compiled = tuple(compiled)
   run.steps, run.teacher = run.session.steps, run.session.teacher
   run.networks = run.steps.networks
   run.variables, run.key = run.session.step_arguments

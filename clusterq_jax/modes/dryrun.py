@@ -9,6 +9,7 @@ centroids are left out: their program is a loop over the forward half of a
 generator step.
 """
 
+import collections
 from collections.abc import Callable
 
 import jax
@@ -93,19 +94,17 @@ def dryrun(config: ml_collections.ConfigDict) -> int:
     f'({pod.devices[0].device_kind}), batch {s.batch_size}. Per device:'
   )
   fits = True
-  programs = [(target.steps.calibrate_student, 1)]
-  programs += [
-    (getattr(target.steps, phase.step), phase.length)
-    for phase in phases_lib.phases(s)
-  ]
-  for step, length in programs:
-    need = target.need(step)
+  lengths = collections.Counter({'calibrate_student': 1})
+  for phase in phases_lib.phases(s):
+    lengths[phase.step] += phase.length
+  for name, length in lengths.items():
+    need = target.need(getattr(target.steps, name))
     if isinstance(need, str):
       fits = False
-      print(f'{step.__name__}: does not fit: {need}')
+      print(f'{name}: does not fit: {need}')
       continue
     fits &= pod.holds(need)
-    print(f'{step.__name__}\n{metrics.table(_rows(need, pod, length))}')
+    print(f'{name}\n{metrics.table(_rows(need, pod, length))}')
   return 0 if fits else 1
 
 
@@ -115,7 +114,7 @@ def _rows(need: Need, pod: Topology, length: int) -> list[tuple[str, str]]:
   Args:
     need: resources that the step needs.
     pod: topology.
-    length: number of steps of the phase.
+    length: number of such steps in a run.
   """
   fits = 'fits' if pod.holds(need) else 'does NOT fit'
   return [

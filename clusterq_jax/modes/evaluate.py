@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import ml_collections
 
 from clusterq_jax import config as config_lib
@@ -41,9 +40,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   networks: dict[str, evaluation.Predict] = {}
   if resolved.eval.network != 'teacher':
     student = student_lib.load(workdir)
-    networks['student'] = student.logits
+    networks['student'] = evaluation.of_student(student)
   if resolved.eval.network == 'integer':
-    networks['deployed'] = jax.jit(student.integer().logits)
+    networks['deployed'] = evaluation.of_integer(student)
   with workdir_lib.open_workdir(resolved, workdir) as folder:
     results = evaluation.of_teacher_and(
       networks, teacher, images, resolved.eval

@@ -44,7 +44,8 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   Returns:
     The content of results.json: accuracies and agreements in percent, `wall_s`
-    and `compile_s` in seconds, `peak_rss_mb` in MB, and more.
+    in seconds, `peak_rss_mb` in MB, and more. `compile_s` is how long the run
+    waited for programs; `compile_total_s` is how long they compiled.
 
   Raises:
     InputError: the config, the weights, the images or the workdir cannot be
@@ -57,7 +58,10 @@ def quantize(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   images = None
   if sharding.is_lead():
     images = session_lib.load_images(resolved, session.teacher)
-  with workdir_lib.open_workdir(session.config, workdir) as folder:
+  with (
+    workdir_lib.open_workdir(session.config, workdir) as folder,
+    session.compile,
+  ):
     return _quantize(session, images, folder, began)
 
 
@@ -90,23 +94,25 @@ def _quantize(
     bucket.upload(folder)
     checkpoints.save(step, state, wall_before + time.monotonic() - began)
 
-  if restored is None:
-    bucket.upload(folder)
-    checkpoints.save(int(state.step), state, 0.0)
-  state, images_per_s = loop.train(session, state, folder, save)
-
-  state = session.deliver(state)
-  synthetic.save_samples(session, state, folder)
-  on_synthetic = synthetic.compare(session, state)
+  with checkpoints:
+    if restored is None:
+      bucket.upload(folder)
+      checkpoints.save(int(state.step), state, 0.0)
+    state, images_per_s = loop.train(session, state, folder, save)
+    state = session.deliver(state)
+    synthetic.save_samples(session, state, folder)
+    on_synthetic = synthetic.compare(session, state)
   if not sharding.is_lead():
     return {}
   _save_student(session, state, folder / student_lib.FILE)
   student = student_lib.load(folder)
-  networks: dict[str, evaluation.Predict] = {'student': student.logits}
+  networks: dict[str, evaluation.Predict] = {
+    'student': evaluation.of_student(student)
+  }
   exported = {}
   is_deployable = session.config.quant.placement == 'integer'
   if is_deployable and session.config.export.after_training:
-    networks['deployed'] = jax.jit(student.integer().logits)
+    networks['deployed'] = evaluation.of_integer(student)
     exported = export.write(
       session.config, student, session.teacher, folder, folder / 'export'
     )
@@ -168,6 +174,7 @@ def _facts(session: Session, on_synthetic: dict[str, Any]) -> dict[str, Any]:
     },
     'seed': session.config.seed,
     'compile_s': round(session.compile.seconds, 2),
+    'compile_total_s': round(session.compile.total_seconds, 2),
     'peak_rss_mb': metrics.peak_rss_mb(),
     'devices': [d.device_kind for d in jax.devices()],
   }

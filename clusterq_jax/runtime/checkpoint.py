@@ -42,7 +42,14 @@ def _one_line(what: str, then: str = '') -> Iterator[None]:
 
 
 class Checkpoints:
-  """Checkpoints of one workdir, of which the newest two are kept."""
+  """Checkpoints of one workdir, of which the newest two are kept.
+
+      with Checkpoints(directory) as checkpoints:
+        checkpoints.save(step, state, wall_s)
+
+  A checkpoint is written in threads of Orbax while the caller goes on. It is
+  complete at the next call of a method, or when the context manager is left.
+  """
 
   def __init__(self, directory: str):
     """Opens the checkpoints of a workdir.
@@ -63,11 +70,18 @@ class Checkpoints:
         preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
         cleanup_tmp_directories=True,
       )
+    self._saving: tuple[int, Any] | None = None  # step, response of Orbax
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.finish()
 
   def save(self, step: int, state: Any, wall_s: float) -> None:
-    """Saves a checkpoint and returns once it is complete.
+    """Begins to save a checkpoint, once the one before it is complete.
 
-    Every process has to call this.
+    Every process has to call this. The caller may donate the state afterwards.
 
     Args:
       step: number of finished steps.
@@ -75,17 +89,33 @@ class Checkpoints:
       wall_s: wall-clock seconds that the run has taken so far.
 
     Raises:
+      InputError: as in `finish`.
+    """
+    self.finish()
+    with self._writing(step):
+      # A checkpoint of this step exists only if it could not be restored.
+      response = self._checkpointer.save_async(
+        step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
+      )
+      self._saving = step, response
+
+  def finish(self) -> None:
+    """Waits until the checkpoint of `save` is complete.
+
+    Raises:
       InputError: the disk is full or the folder cannot be written. Only the
         lead process raises it; the others raise the exception of Orbax.
     """
-    with _one_line(
+    if self._saving:
+      (step, response), self._saving = self._saving, None
+      with self._writing(step):
+        response.result()
+
+  def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
+    return _one_line(
       f'{self._directory}: checkpoint {step} cannot be written',
       '; the checkpoints before it are kept',
-    ):
-      # A checkpoint of this step exists only if it could not be restored.
-      self._checkpointer.save(
-        step, state, overwrite=True, custom_metadata={'wall_s': wall_s}
-      )
+    )
 
   def restore(
     self, abstract: Any, say: Callable[[str], None]
@@ -105,6 +135,7 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints, but none of them can be read.
     """
+    self.finish()
     steps = distributed.common_numbers(
       [c.step for c in self._checkpointer.checkpoints]
     )

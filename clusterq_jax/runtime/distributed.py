@@ -77,17 +77,31 @@ def initialize(
   )
 
 
-def lost_process_message(reason: str) -> str:
-  """Returns the last message of a process that has probably lost another one.
+def tell_lost_process(reason: str) -> None:
+  """Writes the last line of a process that has probably lost another one.
+
+  Threads of JAX write a stack trace while the process ends. Whatever is written
+  to stderr after this line is dropped, so that the line is easy to find.
 
   Args:
     reason: the error that stopped this process.
   """
+  sys.stderr.flush()
+  _write_last(_lost_process_line(reason))
+
+
+def _lost_process_line(reason: str) -> bytes:
   return (
     f'error: process {jax.process_index()} of {jax.process_count()} stopped '
     f'({reason}). If another process was lost, start all of them again with '
-    'the same command: the run resumes from the last checkpoint'
-  )
+    'the same command: the run resumes from the last checkpoint\n'
+  ).encode()
+
+
+def _write_last(line: bytes) -> None:
+  stderr = os.dup(2)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+  os.write(stderr, line)
 
 
 def _speak_when_aborted() -> object:
@@ -101,10 +115,10 @@ def _speak_when_aborted() -> object:
   Returns:
     The handler; the caller has to keep it alive.
   """
-  line = f'{lost_process_message("aborted; see above")}\n'.encode()
+  line = _lost_process_line('aborted; see above')
 
   def speak(_: int) -> None:
-    os.write(2, line)
+    _write_last(line)
     os._exit(1)
 
   handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(speak)

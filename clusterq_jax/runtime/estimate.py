@@ -1,9 +1,8 @@
 """Estimates time, memory and disk of a run before its first step.
 
-Every program of the run is compiled first. Each kind of step then runs on a
-state that is thrown away. The rest of a run is counted in units of the shortest
-step. Those of a forward pass and of the calibration were measured on the
-embedded teacher; the other three are guesses.
+By then only the program of the first phase is compiled. Its step is measured on
+a state that is thrown away. All else follows from it and from the network by
+ratios, which were measured on the embedded teacher and on EfficientNet-Lite0.
 """
 
 import os
@@ -14,21 +13,30 @@ import time
 import jax
 
 from clusterq_jax import sharding
+from clusterq_jax.layers import float_layers
 from clusterq_jax.method import phases as phases_lib
-from clusterq_jax.runtime import checkpoint, metrics, roofline, synthetic
+from clusterq_jax.runtime import checkpoint, metrics, synthetic
 from clusterq_jax.runtime.session import Session
 
-# In units of the shortest step.
+# Times in units of a generator step.
+_STEPS = {
+  'generator_step': 1.0,
+  'procedural_step': 0.8,
+  'joint_step': 2.5,
+  'student_step': 2.0,
+}
 _FORWARD = 0.5  # generator and teacher on a batch
-_CALIBRATION = 40.0
-_COMPARISON = 2.0  # teacher and student on a batch, unblended and blended
-_EVALUATION = 1.5  # teacher, student and integer network on a batch
-_COMPILATION = 0.2  # of what follows the steps, as a share of that of the steps
+_CALIBRATION = 30.0
+_COMPARISON = 1.5  # teacher and student on a batch, unblended and blended
+_EVALUATION = 1.0  # teacher, student and integer network on a batch
+_COMPILATION = 5.0  # of the other programs, in units of the first one
+_COPIES = 6.0  # of a batch's features that the largest program keeps
+_COMPILER = 6e8  # memory of XLA's compiler, in bytes
 _SLOW_S = 2.0  # a step from which on it is measured only once
 
 
 def announce(session: Session, images: int) -> None:
-  """Compiles a run's programs and prints what the run needs, on stderr.
+  """Prints what a run needs, on stderr.
 
   Every process of a distributed run has to call this; the lead prints.
 
@@ -64,42 +72,59 @@ def _phases(session: Session) -> list[phases_lib.Phase]:
 
 
 def _seconds(session: Session, images: int) -> float:
-  """Estimates the time of a run after its programs are compiled, in seconds.
+  """Estimates the time of a run after its first compilation, in seconds.
 
   Args:
     session: session of the run.
     images: number of labelled images.
   """
   phases, batch = _phases(session), session.config.schedule.batch_size
-  state, found, total = session.init(), [], 0.0
-  for phase in phases:
-    program = session.program(phase, state)
-    # Late enough that no procedural image is drawn.
-    state = state.replace(step=jax.numpy.full_like(state.step, phase.end))
-    for _ in range(2):  # the first one also waits for allocations
-      began = time.monotonic()
-      state, _ = jax.block_until_ready(program(state, *session.step_arguments))
-      seconds = time.monotonic() - began
-      if seconds > _SLOW_S:
-        break
-    found.append(seconds)
-    total += phase.length * seconds
-  steps = _CALIBRATION + _COMPARISON * synthetic.HELD_OUT / batch
+  session.prepare(phases[0], entered=True)
+  state = session.init()  # compiles at the same time
+  program = session.program(phases[0])
+  # Late enough that no procedural image is drawn.
+  state = state.replace(step=jax.numpy.full_like(state.step, phases[0].end))
+  compilation = _COMPILATION * session.compile.total_seconds
+  for count in (1, session.steps_per_call):  # the first waits for memory
+    began = time.monotonic()
+    arguments = session.arguments(count)
+    state, _ = jax.block_until_ready(program(state, *arguments))
+    seconds = (time.monotonic() - began) / count
+    # The clocks of several processes could disagree, and with them their steps.
+    if seconds > _SLOW_S and jax.process_count() == 1:
+      break
+  steps = sum(phase.length * _STEPS[phase.step] for phase in phases)
+  steps += _CALIBRATION + _COMPARISON * synthetic.HELD_OUT / batch
   steps += _EVALUATION * images / batch
   if any('initialize_centroids' in phase.on_enter for phase in phases):
     steps += _FORWARD * session.centroid_batches
-  compilation = _COMPILATION * session.compile.seconds
-  return total + steps * min(found) + compilation
+  return steps * seconds / _STEPS[phases[0].step] + compilation
 
 
 def _memory(session: Session) -> int:
-  """Estimates the peak memory of a run, in bytes."""
-  programs = session.programs(_phases(session)).values()
-  largest = max(map(roofline.memory, programs))
+  """Estimates the peak memory of a run, in bytes.
+
+  It is about proportional to the features of a batch, because the student's
+  backward pass keeps them.
+  """
+  teacher, batch = session.teacher, session.config.schedule.batch_size
+  network = teacher.build(float_layers.layer_set())
+  images = (batch, *teacher.preprocessing.shape)
+  features = jax.eval_shape(
+    lambda variables, x: network.apply(
+      variables, x, capture_intermediates=True, mutable=['intermediates']
+    )[1],
+    teacher.variables,
+    jax.ShapeDtypeStruct(images, jax.numpy.float32),
+  )
+  # Devices share the batch, and on CPU also the process's memory.
+  largest = _COPIES * sum(4 * leaf.size for leaf in jax.tree.leaves(features))
+  state = _state_size(session)
   if _device_memory():
-    return largest
-  # Devices share the process's memory, of which some is in use.
-  return _resident() + len(jax.local_devices()) * largest
+    return int(largest / session.mesh.size) + state
+  return int(
+    _resident() + _COMPILER + largest + len(jax.local_devices()) * state
+  )
 
 
 def _device_memory() -> int:
@@ -135,7 +160,12 @@ def _available() -> int:
 
 def _disk(session: Session) -> int:
   """Estimates the size of a workdir, in bytes."""
-  return checkpoint.KEPT * sum(
+  return checkpoint.KEPT * _state_size(session)
+
+
+def _state_size(session: Session) -> int:
+  """Returns the size of the train state, in bytes."""
+  return sum(
     leaf.size * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(session.abstract_state())
   )

@@ -13,8 +13,10 @@ import numpy as np
 from clusterq_jax.config.fields import Eval
 from clusterq_jax.data import Images
 from clusterq_jax.data.image_files import ImageFiles
+from clusterq_jax.deploy.student import Student
 from clusterq_jax.errors import InputError
 from clusterq_jax.layers import float_layers
+from clusterq_jax.ops import compile as compile_options
 from clusterq_jax.weights.teacher import Teacher
 
 Predict = Callable[[Any], jax.Array]
@@ -130,6 +132,22 @@ def on_images(
   return results
 
 
+def of_student(student: Student) -> Predict:
+  """Returns a compiled function from images to a student's logits."""
+  # As an argument, the student is no constant of the program.
+  logits = compile_options.jit(lambda student, x: student.logits(x))
+  return functools.partial(logits, student)
+
+
+def of_integer(student: Student) -> Predict:
+  """Returns a compiled function from images to the integer network's logits.
+
+  Raises:
+    InputError: the student has `paper` placement.
+  """
+  return compile_options.jit(student.integer().logits)
+
+
 def of_teacher_and(
   others: Mapping[str, Predict],
   teacher: Teacher,
@@ -152,11 +170,10 @@ def of_teacher_and(
   """
   network = teacher.build(float_layers.layer_set())
 
-  @jax.jit
   def logits(variables, pixels):
     return network.apply(variables, teacher.preprocessing.normalize(pixels))
 
-  own = functools.partial(logits, teacher.variables)
+  own = functools.partial(compile_options.jit(logits), teacher.variables)
   results = on_images({'teacher': own, **others}, images, section.batch_size)
   if images is not None:
     where = {'source': section.source, 'path': section.path}

@@ -1,5 +1,6 @@
 """Runs the training loop."""
 
+import itertools
 import os
 import pathlib
 import time
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 
 from clusterq_jax import sharding
 from clusterq_jax.errors import InputError
+from clusterq_jax.method.phases import Phase
 from clusterq_jax.method.state import TrainState
-from clusterq_jax.runtime import bucket, preemption
+from clusterq_jax.runtime import bucket, preemption, synthetic
 from clusterq_jax.runtime import metrics as metrics_lib
 from clusterq_jax.runtime.session import Session
 
@@ -87,9 +89,32 @@ class _Log:
 
 
 def _profiled(session: Session, start: int) -> range:
-  """Returns the steps that this process profiles."""
-  count = session.config.report.trace_steps if sharding.is_lead() else 0
+  """Returns the steps that the lead profiles."""
+  count = session.config.report.trace_steps
   return range(start + _BEFORE_TRACE, session.phases[-1].end)[:count]
+
+
+def _count(session: Session, phase: Phase, done: int, traced: range) -> int:
+  """Returns how many steps the next call makes.
+
+  A call ends with its phase, and where a log line, a checkpoint or a profile is
+  due. All processes of a distributed run arrive at the same number.
+
+  Args:
+    session: session of the run.
+    phase: phase of the next step.
+    done: number of finished steps.
+    traced: steps that the lead profiles.
+  """
+  config = session.config
+  regular = [
+    (done // every + 1) * every
+    for every in (config.report.log_every, config.checkpoint_every)
+  ]
+  profile = [traced.start, traced.stop] if traced else []
+  ends = [*regular, *profile, phase.end]
+  nearest = min(end for end in ends if end > done)
+  return min(session.steps_per_call, nearest - done)
 
 
 def train(
@@ -118,25 +143,33 @@ def train(
   config = session.config
   start = done = int(state.step)
   traced = _profiled(session, start)
+  profiles = bool(traced) and sharding.is_lead()
   log = _Log(session, folder, done)
   began, compiled_before = time.monotonic(), session.compile.seconds
   with preemption.notice() as told_to_stop:
-    for phase in session.phases:
-      if done >= phase.end:
-        continue
-      program = session.program(phase, state)
+    phases = [phase for phase in session.phases if phase.end > done]
+    for phase, following in itertools.zip_longest(phases, phases[1:]):
+      session.prepare(phase, entered=done > phase.start)
+      if following is not None:
+        session.prepare(following)
+      program = session.program(phase)
       if done == phase.start:
         state = session.enter(phase, state)
+      if following is None:
+        # Not while the student is calibrated: both take much memory.
+        jax.block_until_ready(state)
+        synthetic.prepare(session)
       while done < phase.end:
-        if traced and done == traced.start:
+        if profiles and done == traced.start:
           jax.profiler.start_trace(str(folder / 'trace'))
-        state, values = program(state, *session.step_arguments)
-        done += 1
-        if traced and done == traced.stop:
+        count = _count(session, phase, done, traced)
+        state, values = program(state, *session.arguments(count))
+        done += count
+        if profiles and done == traced.stop:
           jax.block_until_ready(values)
           jax.profiler.stop_trace()
         last = done == log.total
-        stop = told_to_stop(done) and not last
+        stop = told_to_stop() and not last
         if done % config.report.log_every == 0 or last:
           # The next step donates the state, so the log keeps a copy.
           log.note(done, phase.name, values, jnp.copy(state.bad_step))
@@ -146,6 +179,9 @@ def train(
             save(done, state)
         if stop:
           raise log.preempted(done)
+      del program
+      if following is None or following.step != phase.step:
+        session.forget(phase.step)
   log.flush()
   log.progress.close()
   compiled = session.compile.seconds - compiled_before

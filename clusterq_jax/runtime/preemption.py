@@ -4,6 +4,7 @@ Clusters send SIGTERM some seconds before they take a machine away.
 """
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,24 +21,26 @@ class Preempted(Exception):  # noqa: N818
 
 
 @contextlib.contextmanager
-def notice() -> Iterator[Callable[[int], bool]]:
+def notice() -> Iterator[Callable[[], bool]]:
   """Keeps SIGTERM from ending the process inside the `with` block.
 
   Yields:
-    A function to call after every step with the number of finished steps. It
-    returns whether to save and stop now, and it does not block. In a
-    distributed run, every process has to call it. All processes then stop after
-    the same step, whichever of them received the signal.
+    A function to call whenever steps are finished. It returns whether to save
+    and stop now, and it does not block. In a distributed run, every process has
+    to call it after the same steps. All processes then stop after the same
+    call, whichever of them received the signal.
   """
   if jax.distributed.is_initialized():
-    # JAX handles the signal and makes the processes agree on a step.
-    yield multihost_utils.reached_preemption_sync_point
+    # JAX handles the signal and makes the processes agree on the number after
+    # the largest so far. They must not skip it, so they count calls, not steps.
+    calls = itertools.count(1)
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
   elif threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # only the main thread may handle signals
+    yield lambda: False  # only the main thread may handle signals
   else:
     told = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-      yield lambda step: told.is_set()
+      yield told.is_set
     finally:
       signal.signal(signal.SIGTERM, before)

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clusterq_jax import config as config_lib
 from clusterq_jax import data, sharding
@@ -24,9 +25,12 @@ from clusterq_jax.method.state import TrainState
 from clusterq_jax.method.steps import Steps
 from clusterq_jax.quant import plan as plan_lib
 from clusterq_jax.quant import quantizers
-from clusterq_jax.runtime.compiler import Compiler
+from clusterq_jax.runtime import metrics
+from clusterq_jax.runtime.compiler import Compiler, Pending, Program
 from clusterq_jax.weights import teacher as teacher_lib
 from clusterq_jax.weights.teacher import Teacher
+
+_STEPS_PER_CALL = 10  # on an accelerator
 
 # Streams of random numbers. `Session.keys` folds a stream's index into the key
 # of the run's seed, so new streams go at the end.
@@ -180,8 +184,8 @@ class Session:
       session = Session(config)
       state = session.init()
       for phase in session.phases:
+        program = session.program(phase)
         state = session.enter(phase, state)
-        program = session.program(phase, state)
         for _ in range(phase.length):
           state, metrics = program(state, *session.step_arguments)
 
@@ -215,7 +219,7 @@ class Session:
     self.config = self.steps.config
     self.phases = phases_lib.phases(self.config.schedule)
     self.compile = Compiler(self.mesh)
-    self._programs: dict[str, jax.stages.Compiled] = {}
+    self._programs: dict[str, Pending] = {}
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -248,9 +252,30 @@ class Session:
     return -(-images // self.config.schedule.batch_size)
 
   @property
-  def step_arguments(self) -> tuple[Any, jax.Array]:
-    """Arguments of a step after the state: teacher's variables and key."""
-    return self.variables, self.keys['train']
+  def step_arguments(self) -> tuple[Any, ...]:
+    """Arguments of one step after the state, as for `arguments(1)`."""
+    return self.arguments(1)
+
+  @functools.cached_property
+  def steps_per_call(self) -> int:
+    """Largest number of steps in one call of a phase's program."""
+    if self.config.steps_per_call is not None:
+      return self.config.steps_per_call
+    on_cpu = self.mesh.devices.flat[0].platform == 'cpu'
+    return 1 if on_cpu else _STEPS_PER_CALL
+
+  def arguments(self, count: int) -> tuple[Any, ...]:
+    """Returns the arguments of a phase's program after the state.
+
+    Args:
+      count: number of steps to make, 1 to `steps_per_call`.
+
+    Returns:
+      Teacher's variables and key. The number follows where `steps_per_call` is
+      above 1; programs of single steps do not take it.
+    """
+    own = self.variables, self.keys['train']
+    return own if self.steps_per_call == 1 else (*own, np.int32(count))
 
   # --------------------------------------------------------- the state
 
@@ -273,41 +298,66 @@ class Session:
 
   # -------------------------------------------------------- the phases
 
-  def program(self, phase: Phase, state: TrainState) -> jax.stages.Compiled:
-    """Returns a phase's compiled step.
+  def prepare(self, phase: Phase, entered: bool = False) -> None:
+    """Begins to compile what a phase needs.
 
     Args:
       phase: phase of the run.
-      state: train state, or the result of `abstract_state`.
-
-    Returns:
-      The program, a function of (state, *step_arguments).
+      entered: whether the transitions before the phase are over.
     """
-    return self._program(phase.step, state)
+    for name in (phase.step,) if entered else (*phase.on_enter, phase.step):
+      self._prepare(name)
 
-  def programs(
-    self, phases: Sequence[Phase]
-  ) -> Mapping[str, jax.stages.Compiled]:
-    """Compiles what phases need: steps and the transitions before them.
+  def _prepare(self, name: str) -> None:
+    """Begins to compile a method of `Steps`."""
+    function, arguments = self._function(name), self._arguments(name)
+    self.start(function, self.abstract_state(), *arguments, donate=True)
+
+  def program(self, phase: Phase) -> Program:
+    """Returns a phase's compiled step, or steps if a call makes several.
+
+    It is a function of (state, *arguments(count)).
 
     Args:
-      phases: some of the run's phases.
-
-    Returns:
-      The programs, by name of the method of `Steps`.
+      phase: phase of the run.
     """
-    state = self.abstract_state()
-    names = [name for phase in phases for name in (*phase.on_enter, phase.step)]
-    return {name: self._program(name, state) for name in names}
+    self.prepare(phase, entered=True)
+    return self.wait(phase.step)
 
-  def _program(self, name: str, state: TrainState) -> jax.stages.Compiled:
-    """Returns a method of `Steps` as a program, which is compiled once."""
+  def start(self, function: Callable, *args: Any, donate: bool = False) -> None:
+    """Compiles a function in the compiler's thread, unless it has begun to.
+
+    Args:
+      function: function of `args`.
+      *args: arrays or shapes.
+      donate: whether the program may reuse the memory of the first argument.
+    """
+    name = function.__name__
     if name not in self._programs:
-      function, args = getattr(self.steps, name), self._arguments(name)
-      self._programs[name] = self.compile(function, state, *args, donate=True)
-    return self._programs[name]
+      self._programs[name] = self.compile.start(function, *args, donate=donate)
 
-  def _arguments(self, name: str) -> tuple[Any, jax.Array]:
+  def wait(self, name: str) -> Program:
+    """Returns the program of that name once it is compiled."""
+    return self.compile.wait(self._programs[name])
+
+  def forget(self, name: str) -> None:
+    """Drops a program that is no longer needed, because its code takes memory.
+
+    Args:
+      name: name of the function of `start`.
+    """
+    self._programs.pop(name, None)
+    metrics.release_memory()
+
+  def _function(self, name: str) -> Callable:
+    """Returns a method of `Steps`; in a loop if calls make several steps."""
+    function = getattr(self.steps, name)
+    is_step = any(name == phase.step for phase in self.phases)
+    if is_step and self.steps_per_call > 1:
+      return self.steps.repeated(function)
+    return function
+
+  def _arguments(self, name: str) -> tuple[Any, ...]:
     """Returns the arguments after the state of a method of `Steps`."""
     if name == 'initialize_centroids':
       keys = jax.random.split(self.keys['centroids'], self.centroid_batches)
@@ -318,19 +368,20 @@ class Session:
 
   def enter(self, phase: Phase, state: TrainState) -> TrainState:
     """Applies the transitions that precede the first step of a phase."""
-    for transition in phase.on_enter:
-      state = getattr(self, transition)(state)
+    for name in phase.on_enter:
+      state = self.transition(name, state)
+      self.forget(name)
     return state
 
-  def initialize_centroids(self, state: TrainState) -> TrainState:
-    """Initialises the centroids from images of the warmed-up generator."""
-    name = 'initialize_centroids'
-    return self._program(name, state)(state, *self._arguments(name))
+  def transition(self, name: str, state: TrainState) -> TrainState:
+    """Applies a transition, such as 'calibrate_student'.
 
-  def calibrate_student(self, state: TrainState) -> TrainState:
-    """Initialises the student from calibration images."""
-    name = 'calibrate_student'
-    return self._program(name, state)(state, *self._arguments(name))
+    Args:
+      name: name of a method of `Steps`.
+      state: train state, which is donated.
+    """
+    self._prepare(name)
+    return self.wait(name)(state, *self._arguments(name))
 
   # ------------------------------------------------------- the student
 

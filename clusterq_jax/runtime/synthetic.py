@@ -16,6 +16,41 @@ from clusterq_jax.runtime.session import Session
 HELD_OUT = 2048  # images; the forecast was fitted with this number
 
 
+def prepare(session: Session) -> None:
+  """Begins to compile the programs of this module."""
+  networks = session.steps.networks
+
+  def pair(state, variables, x):
+    teacher = networks.teacher_logits(variables, x)
+    student = networks.student_logits(state.student, variables, x)
+    agree = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
+    return agree, losses.distillation_loss(student, teacher)
+
+  def compare(state, variables, key):
+    image_key, mix_key = jax.random.split(key)
+    images, _ = networks.generate(state.generator, image_key)
+    x = networks.preprocessing.to_pixels(images)
+    x = networks.preprocessing.normalize(x)
+    blended = augment.mixup(mix_key, x, 1.0)
+    # A loop compiles the two networks once.
+    return jax.lax.map(
+      lambda x: pair(state, variables, x), jnp.stack([x, blended])
+    )
+
+  def sample(state, key):
+    labels = jnp.asarray(_sample_labels(session))
+    return networks.generate(state.generator, key, labels)[0]
+
+  state = session.abstract_state()
+  session.start(sample, state, session.keys['samples'])
+  session.start(compare, state, session.variables, session.keys['held_out'])
+
+
+def _sample_labels(session: Session) -> np.ndarray:
+  classes = min(session.steps.networks.num_classes, samples.ROWS)
+  return np.repeat(np.arange(classes), samples.COLUMNS)
+
+
 def compare(session: Session, state: TrainState) -> dict[str, Any]:
   """Compares student and teacher on images generated from new noise.
 
@@ -31,29 +66,13 @@ def compare(session: Session, state: TrainState) -> dict[str, Any]:
     `agreement` and `blended_agreement` in percent, `blended_divergence` (mean
     KL) in nats, and `n`, the number of images.
   """
-  networks = session.steps.networks
-
-  def pair(state, variables, x):
-    teacher = networks.teacher_logits(variables, x)
-    student = networks.student_logits(state.student, variables, x)
-    agree = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
-    return agree, losses.distillation_loss(student, teacher)
-
-  def answers(state, variables, key):
-    image_key, mix_key = jax.random.split(key)
-    images, _ = networks.generate(state.generator, image_key)
-    x = networks.preprocessing.to_pixels(images)
-    x = networks.preprocessing.normalize(x)
-    blended = augment.mixup(mix_key, x, 1.0)
-    return [pair(state, variables, images) for images in (x, blended)]
-
-  key, variables = session.keys['held_out'], session.variables
-  batches = -(-HELD_OUT // networks.batch_size)
-  program = session.compile(answers, state, variables, key)
-  found = [program(state, variables, k) for k in jax.random.split(key, batches)]
-  found = jax.device_get(found)
-  whole = np.concatenate([agree for (agree, _), _ in found])
-  blended = np.concatenate([agree for _, (agree, _) in found])
+  prepare(session)
+  program, variables = session.wait('compare'), session.variables
+  batches = -(-HELD_OUT // session.steps.networks.batch_size)
+  keys = jax.random.split(session.keys['held_out'], batches)
+  found = jax.device_get([program(state, variables, key) for key in keys])
+  session.forget('compare')
+  whole, blended = np.concatenate([agree for agree, _ in found], -1)
   divergence = float(np.mean([divergence for _, (_, divergence) in found]))
   return {
     'agreement': evaluation.percent(whole),
@@ -75,14 +94,10 @@ def save_samples(
     state: state with the generator.
     folder: folder to write both files to.
   """
-  networks = session.steps.networks
-  classes = min(networks.num_classes, samples.ROWS)
-  labels = np.repeat(np.arange(classes), samples.COLUMNS)
-  everywhere = sharding.replicated(session.mesh)
-  x, _ = jax.jit(networks.generate, out_shardings=everywhere)(
-    state.generator, session.keys['samples'], labels
-  )
+  prepare(session)
+  x = session.wait('sample')(state, session.keys['samples'])
   if sharding.is_lead():
-    pixels = np.asarray(networks.preprocessing.to_pixels(jax.device_get(x)))
-    shape = (classes, samples.COLUMNS, *pixels.shape[1:])
-    samples.save(folder, pixels.reshape(shape), labels)
+    preprocessing = session.steps.networks.preprocessing
+    pixels = np.asarray(preprocessing.to_pixels(jax.device_get(x)))
+    shape = (-1, samples.COLUMNS, *pixels.shape[1:])
+    samples.save(folder, pixels.reshape(shape), _sample_labels(session))

@@ -45,8 +45,8 @@ def test_the_student_is_that_of_a_run_with_a_generator_of_its_own(
     own, taken = (tmp_path / run / name for run in ('own', 'taken'))
     assert own.read_bytes() == taken.read_bytes()
   lines = (tmp_path / 'taken' / 'metrics.jsonl').read_text().splitlines()
-  assert [json.loads(line)['step'] for line in lines] == [16, 17, 18]
-  assert results['steps'] == 18
+  assert [json.loads(line)['step'] for line in lines] == [11, 12, 13]
+  assert results['steps'] == 13
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_refuses_an_unfinished_run(make_config, source, tmp_path):
   stored = config_lib.to_json(config_lib.resolve(begun))
   (folder / 'config.json').write_text(json.dumps(stored))
   config = make_config(**{'generator.workdir': str(folder)})
-  with pytest.raises(InputError, match='not finished; expected .* step 19'):
+  with pytest.raises(InputError, match='not finished; expected .* step 14'):
     quantize(config, str(tmp_path / 'run'))

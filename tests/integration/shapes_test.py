@@ -10,6 +10,7 @@ from PIL import Image
 
 import clusterq_jax as cq
 from benchmarks import random_weights
+from clusterq_jax.method import phases
 from clusterq_jax.models import registry
 from clusterq_jax.models.preprocessing import Preprocessing
 from clusterq_jax.runtime import session as session_lib
@@ -73,7 +74,7 @@ def test_a_run_that_sets_little(
   stored = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert stored['generator']['channels'] == [128, 64, 32]
   assert stored['student']['lr'] == 6e-4
-  assert results['steps'] == 1 + 1 + 10 + 1
+  assert results['steps'] == 1 + 1 + phases.PROCEDURAL_STEPS + 1
   assert results['student']['n'] == 9
   assert results['deployed']['agreement'] == 100
   assert results['forecast']['unlike'] == ['4 classes']

@@ -99,7 +99,7 @@ def test_whom_a_failed_save_blames(monkeypatch, tmp_path, lead, kind, expected):
   def save(*args, **kwargs):
     raise kind('no')
 
-  monkeypatch.setattr(checkpoints._checkpointer, 'save', save)
+  monkeypatch.setattr(checkpoints._checkpointer, 'save_async', save)
   monkeypatch.setattr(sharding, 'is_lead', lambda: lead)
   with pytest.raises(expected, match='no'):
     checkpoints.save(1, {'x': np.zeros(1)}, 0.0)
