@@ -10,17 +10,9 @@ student = cq.load_student('runs/mine')
 logits = student.logits(images)  # uint8 [B, H, W, C]
 """
 
-import os
-import pathlib
-import sys
+from clusterq_jax import environment
 
-# XLA reads this once, when JAX is imported, which is below. The command line
-# keeps XLA's logs away, because it reports long compilations itself. A program
-# that imports the package as a library decides alone.
-if {'clusterq_jax.main', 'clusterq'} & {
-  pathlib.Path(argument).name for argument in sys.orig_argv[:4]
-}:
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+environment.prepare()  # before JAX is imported, which is below
 
 from clusterq_jax.config import (  # noqa: E402
   default_config,

@@ -18,6 +18,5 @@ clusterq_dry_run "${1:-}" && shift
 cd -- "$CLUSTERQ_ROOT"
 if [[ -z "$CLUSTERQ_DRY_RUN" ]]; then
   clusterq_setup
-  clusterq_env
 fi
 clusterq_do exec "$CLUSTERQ_PYTHON" -m clusterq_jax.main "$@"

@@ -23,7 +23,6 @@ if [[ "$workdir" != /* && "$workdir" != *://* ]]; then
 fi
 
 clusterq_setup
-clusterq_env
 cd -- "$CLUSTERQ_ROOT"
 echo "quickstart: quantizing a Fashion-MNIST ResNet-20 without data; results" \
   "go to $workdir" >&2

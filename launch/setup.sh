@@ -121,25 +121,6 @@ clusterq_setup() {
   ) 9<"$CLUSTERQ_ROOT/requirements.txt"
 }
 
-# Sets the variables that must be in the environment before a process starts.
-clusterq_env() {
-  # On the CPU, XLA allocates scratch memory anew in every step. By default,
-  # glibc returns the pages to the kernel and pays for page faults in the next
-  # step. With these settings it keeps the memory, in huge pages. The cost is
-  # that a process never shrinks below its peak. glibc.malloc.hugetlb needs
-  # glibc 2.35.
-  local glibc
-  glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null)" || return 0
-  if [[ -z "${GLIBC_TUNABLES+set}" && "$glibc" =~ ^glibc\ 2\.([0-9]+) ]] &&
-    ((BASH_REMATCH[1] >= 35)); then
-    GLIBC_TUNABLES='glibc.malloc.hugetlb=1'
-    GLIBC_TUNABLES+=':glibc.malloc.mmap_threshold=10000000000'
-    GLIBC_TUNABLES+=':glibc.malloc.trim_threshold=100000000000'
-    GLIBC_TUNABLES+=':glibc.malloc.top_pad=100000000'
-    export GLIBC_TUNABLES
-  fi
-}
-
 # Succeeds if argument $1 is --dry-run. clusterq_do then only prints commands.
 clusterq_dry_run() {
   CLUSTERQ_DRY_RUN=''

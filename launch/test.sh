@@ -14,6 +14,5 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 clusterq_setup test
-clusterq_env
 cd -- "$CLUSTERQ_ROOT"
 exec "$CLUSTERQ_PYTHON" -m pytest "$@"

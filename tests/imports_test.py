@@ -8,7 +8,7 @@ import pytest
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'clusterq_jax'
 # Each folder or file may import those above it.
 _ORDER = (
-  ('errors', 'atomic', 'precision', 'command_line'),
+  ('errors', 'atomic', 'precision', 'command_line', 'environment'),
   ('sharding',),
   ('ops',),
   ('models',),
