@@ -21,12 +21,17 @@ import sys
 from importlib import util
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks import common, records
 from clusterq_jax import config as config_lib
 from clusterq_jax import convert, importing
+from clusterq_jax.config.fields import Eval
 from clusterq_jax.deploy import student as student_lib
+from clusterq_jax.layers import float_layers
+from clusterq_jax.method import losses
+from clusterq_jax.ops import compile as compile_options
 from clusterq_jax.report import diagnostics
 from clusterq_jax.runtime import session
 
@@ -209,6 +214,7 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     'student': student['top1'],
     'drop': round(teacher['top1'] - student['top1'], 4),
     'agreement': student['agreement'],
+    'divergence': divergence(workdir, cell.config),
     'synthetic': results['synthetic'],
     'own_generator': not stored['generator']['workdir'],
     **({'deployed': results['deployed'], **noise(workdir)} if new else {}),
@@ -216,6 +222,41 @@ def run(cell: Cell, runs: pathlib.Path, overrides: dict[str, str]) -> dict:
     **common.provenance(),
     'commit': started.read_text(),
   }
+
+
+def divergence(workdir: pathlib.Path, name: str) -> float:
+  """Returns the mean KL of a finished run's student from its teacher, in nats.
+
+  Args:
+    workdir: workdir of the run.
+    name: name of the config, which says what images to take.
+  """
+  stored = json.loads((workdir / 'config.json').read_text())
+  config = config_lib.from_json(stored, str(workdir))
+  given = inputs(name)[1]
+  fields = {
+    f.name: given.get(f'eval.{f.name}') for f in dataclasses.fields(Eval)
+  }
+  chosen = {key: value for key, value in fields.items() if value is not None}
+  section = dataclasses.replace(config.eval, **chosen)
+  config = dataclasses.replace(config, eval=section)
+  teacher = session.load_teacher(config)
+  images = session.load_images(config, teacher)
+  assert images is not None
+  student = student_lib.load(workdir)
+  network = teacher.build(float_layers.layer_set())
+
+  @compile_options.jit
+  def logits(variables, student, x):
+    expected = network.apply(variables, teacher.preprocessing.normalize(x))
+    return student.logits(x), expected
+
+  found = []
+  for start in range(0, len(images.labels), config.eval.batch_size):
+    x = np.asarray(images.images[start : start + config.eval.batch_size])
+    found.append(jax.device_get(logits(teacher.variables, student, x)))
+  own, expected = (np.concatenate(part) for part in zip(*found, strict=True))
+  return round(float(losses.distillation_loss(own, expected)), 5)
 
 
 def noise(workdir: pathlib.Path) -> dict[str, Any]:

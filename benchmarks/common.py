@@ -4,6 +4,7 @@ import datetime
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,11 +18,13 @@ DATA = pathlib.Path(
 )
 
 
-def start(module: str, *arguments: str, **kwargs: Any) -> subprocess.Popen:
-  """Starts `python -m MODULE` in the environment of launch/setup.sh."""
-  setup = 'source launch/setup.sh; clusterq_env; exec "$@"'
-  command = ['bash', '-c', setup, 'bash', sys.executable, '-m', module]
-  return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
+def start(
+  module: str, *arguments: str, folder: pathlib.Path = ROOT, **kwargs: Any
+) -> subprocess.Popen:
+  """Starts `python -m MODULE` in a folder and the environment of setup.sh."""
+  setup = 'source launch/setup.sh; clusterq_env; cd "$1"; shift; exec "$@"'
+  command = ['bash', '-c', setup, 'bash', str(folder), sys.executable, '-m']
+  return subprocess.Popen([*command, module, *arguments], cwd=ROOT, **kwargs)
 
 
 def machine() -> dict[str, Any]:
@@ -35,6 +38,8 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
   """Returns the commit of the code, with '+' if the code has changed since."""
+  if shutil.which('git') is None:
+    return 'unknown'
 
   def git(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(

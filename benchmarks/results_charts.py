@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks import ablation, records, results_rows
 from benchmarks.records import Record
+from benchmarks.results_tables import NETWORKS
 
 # Okabe and Ito: colours that colour-blind readers can tell apart.
 BLUE, ORANGE, GREY, INK = '#0072b2', '#d55e00', '#8a8f94', '#222222'
@@ -180,6 +181,53 @@ def _drop_against_time() -> tuple[Figure, list[Record]]:
   return figure, runs + published
 
 
+def _whole_commands() -> tuple[Figure, list[Record]]:
+  """Draws drop against time of whole commands, one panel for each network."""
+  rows = results_rows.whole_commands()
+  networks = list(dict.fromkeys(row['config'] for row in rows))
+  width = 4.4 * len(networks)
+  figure = Figure(figsize=(width, 3.6), layout='constrained')
+  shown: list[Record] = []
+  for axes, config in zip(
+    figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True
+  ):
+    own = [row for row in rows if row['config'] == config]
+    bits = list(dict.fromkeys(row['bits'] for row in own))
+    published = [
+      paper
+      for paper in records.read('published', group='drop')
+      if paper['config'] == config and paper['bits'] in bits
+    ]
+    for paper in published:
+      axes.axhline(paper['drop'], color=INK, linewidth=1, linestyle='--')
+      text = f'{paper["method"]} {paper["drop"]:.2f} (quoted)'
+      place = {'ha': 'right', 'va': 'bottom', 'color': INK}
+      x_of_axes = axes.get_yaxis_transform()
+      axes.text(0.99, paper['drop'], text, transform=x_of_axes, **place)
+    for each, color in zip(bits, (BLUE, ORANGE)[: len(bits)], strict=True):
+      line = [row for row in own if row['bits'] == each]
+      for row in line:
+        axes.plot(row['seconds'], row['drop'], '.', color=GREY)
+      means = [(row['mean_seconds'], row['mean_drop']) for row in line]
+      axes.plot(
+        *zip(*means, strict=True), 'o-', color=color, linewidth=1.2, label=each
+      )
+      for row, at in zip(line, means, strict=True):
+        place = {'xytext': (4, 5), 'textcoords': 'offset points'}
+        axes.annotate(f'budget {row["fraction"]}', at, color=color, **place)
+    axes.set(
+      title=NETWORKS[config],
+      xlabel='wall time of the whole command, nothing compiled before, s',
+      ylabel='drop of the last step, points',
+    )
+    axes.set_xlim(0, 1.2 * max(max(row['seconds']) for row in own))
+    lowest = min(min(row['drop']) for row in own)
+    axes.set_ylim(bottom=min(0, 1.2 * lowest))
+    axes.legend(frameon=False)
+    shown += [r for row in own for r in row['records']] + published
+  return figure, shown
+
+
 _TITLES = {
   'class_terms': 'Class terms, CIFAR-10: variants differ as seeds do',
   'ideas': 'Ideas of the recipe, CIFAR-10, one left out at a time',
@@ -188,7 +236,10 @@ _TITLES = {
 CHARTS: dict[str, Callable[[], tuple[Figure, list[Record]]]] = {
   f'ablation_{group}': functools.partial(_ablation, title, group)
   for group, title in _TITLES.items()
-} | {'drop_against_time': _drop_against_time}
+} | {
+  'drop_against_time': _drop_against_time,
+  'whole_commands': _whole_commands,
+}
 
 
 def draw(name: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 from benchmarks import ablation as ablation_lib
@@ -96,6 +97,47 @@ def by_placement() -> list[Record]:
     for field in ('size_ratio', 'speedup', 'time'):
       row[field] = row.get(field) or r.get(field)
   return list(rows.values())
+
+
+def whole_commands() -> list[Record]:
+  """Makes a row for each network, bit width and budget of whole commands."""
+  runs = records.read('whole_commands')
+  networks = list(NETWORKS)
+  runs.sort(
+    key=lambda r: (
+      networks.index(r['config']),
+      BITS.index(r['bits']),
+      r['budget'],
+      r['seed'],
+    )
+  )
+  rows = pivot(runs, 'config', 'bits', 'budget', 'evaluated_on', 'images')
+  for row in rows:
+    row['fraction'] = str(Fraction(row['budget']).limit_denominator(100))
+    for of in ('seconds', 'drop', 'divergence', 'peak_rss_mb'):
+      row[f'mean_{of}'] = mean(row[of])
+  return rows
+
+
+def time_to_published() -> list[Record]:
+  """Makes a row for each published drop that whole commands reach.
+
+  The smallest budget counts whose mean drop is at most the published one.
+  """
+  rows = whole_commands()
+  found = []
+  for paper in records.read('published', group='drop'):
+    named = {'config': paper['config'], 'bits': paper['bits']}
+    enough = [
+      row
+      for row in rows
+      if named.items() <= row.items() and row['mean_drop'] <= paper['drop']
+    ]
+    if enough:
+      smallest = min(enough, key=lambda row: row['budget'])
+      both = [*smallest['records'], paper]
+      found.append({**smallest, 'paper': paper, 'records': both})
+  return found
 
 
 def ablation(group: str) -> list[Record]:

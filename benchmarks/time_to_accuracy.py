@@ -117,7 +117,7 @@ class Bench:
 
   def steps(self, phase: Phase, every: int) -> Iterator[None]:
     """Yields after every so many steps, with the clock stopped."""
-    program = self.session.program(phase, self.state)
+    program = self.session.program(phase)
     for start in range(0, phase.length, every):
       with self.clock():
         for _ in range(min(every, phase.length - start)):
@@ -175,8 +175,7 @@ def untrained(
   other = Bench(minmax, bench.images)
   # A copy: the calibration donates its state.
   other.state = other.state.replace(pool=jnp.copy(bench.state.pool))
-  with other.clock():
-    other.state = other.session.calibrate_student(other.state)
+  other.enter(other.session.phases[-1])  # calibrates
   point = other.point(other.state.student, procedural + other.seconds)
   return found | {'ranges by largest magnitude': [point]}
 

@@ -39,6 +39,7 @@ class _Bench:
       student_opt=number,
       centroids=empty(1, [1]),
       pool=jnp.zeros((2 * batches, 1), jnp.uint8),
+      moved=None,
       bad_step=number - 1,
     )
 
