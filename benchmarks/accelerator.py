@@ -187,10 +187,7 @@ class Bench:
       self._commit.write_text(common.commit())
     self._output = args.output
     paths = [str(common.ROOT), os.environ.get('PYTHONPATH', '')]
-    self._env = {
-      **os.environ,
-      'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-    }
+    self._env = {'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     # A run that resumes finds its programs again.
     self._cache = {'JAX_COMPILATION_CACHE_DIR': str(self._folder / 'compiled')}
     if args.smoke:
@@ -272,7 +269,7 @@ class Bench:
       *arguments,
       *smoke,
       folder=self._folder,
-      env=self._env | env,
+      variables=self._env | env,
     )
 
   def _group(self, group: str, pieces: list[str]) -> None:

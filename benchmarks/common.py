@@ -19,12 +19,30 @@ DATA = pathlib.Path(
 
 
 def start(
-  module: str, *arguments: str, folder: pathlib.Path = ROOT, **kwargs: Any
+  module: str,
+  *arguments: str,
+  folder: pathlib.Path = ROOT,
+  variables: dict[str, str] | None = None,
+  **kwargs: Any,
 ) -> subprocess.Popen:
-  """Starts `python -m MODULE` in a folder and the environment of setup.sh."""
-  setup = 'source launch/setup.sh; clusterq_env; cd "$1"; shift; exec "$@"'
-  command = ['bash', '-c', setup, 'bash', str(folder), sys.executable, '-m']
-  return subprocess.Popen([*command, module, *arguments], cwd=ROOT, **kwargs)
+  """Starts `python -m MODULE` in a folder, with huge pages as in `clusterq`.
+
+  Args:
+    module: name of the module.
+    *arguments: its command line.
+    folder: working directory.
+    variables: environment variables to add.
+    **kwargs: of `subprocess.Popen`.
+  """
+  # Here, because a process that times PyTorch does not import JAX.
+  from clusterq_jax import environment
+
+  return subprocess.Popen(
+    [sys.executable, '-m', module, *arguments],
+    cwd=folder,
+    env={**environment.malloc(), **os.environ, **(variables or {})},
+    **kwargs,
+  )
 
 
 def machine() -> dict[str, Any]:

@@ -142,9 +142,11 @@ def run_steadily(folder: str) -> None:
 # --------------------------------------------------------------------- parent
 def start(argument: str, **kwargs) -> subprocess.Popen:
   """Starts this script with `--child`, in the environment that runs have."""
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   child = f'--child={argument}'
-  return common.start('benchmarks.scaling', child, env=env, **kwargs)
+  variables = {'JAX_PLATFORMS': 'cpu'}
+  return common.start(
+    'benchmarks.scaling', child, variables=variables, **kwargs
+  )
 
 
 def answer(child: subprocess.Popen) -> Any:

@@ -222,9 +222,6 @@ def cases(args) -> list[Case]:
 
 def start(name: str, case: Case, *arguments: str, **env: str):
   """Starts a process of this script for one case."""
-  # Here, because a process that times PyTorch does not import JAX.
-  from clusterq_jax import environment
-
   own = [f'--child={name}', f'--step={case.step}', *arguments]
   own.append(f'--batch_size={case.batch}')
   if case.generator:
@@ -233,7 +230,7 @@ def start(name: str, case: Case, *arguments: str, **env: str):
     'benchmarks.step_time',
     *sys.argv[1:],
     *own,
-    env={**environment.malloc(), **os.environ, 'JAX_PLATFORMS': 'cpu', **env},
+    variables={'JAX_PLATFORMS': 'cpu', **env},
     stdout=None if name == 'check' else subprocess.PIPE,
   )
 
