@@ -37,14 +37,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "config.eval.source='none': found no images; expected fashion_mnist, or "
       'npz, folder or tfds with config.eval.path=PATH'
     )
-  networks: dict[str, evaluation.Predict] = {}
+  networks = {'teacher': evaluation.of_teacher(teacher)}
   if resolved.eval.network != 'teacher':
     student = student_lib.load(workdir)
     networks['student'] = evaluation.of_student(student)
   if resolved.eval.network == 'integer':
     networks['deployed'] = evaluation.of_integer(student)
   with workdir_lib.open_workdir(resolved, workdir) as folder:
-    results = evaluation.of_teacher_and(
-      networks, teacher, images, resolved.eval
-    )
+    results = evaluation.of_config(networks, images, resolved.eval)
     return workdir_lib.merge_results(folder, results)

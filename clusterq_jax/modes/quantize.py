@@ -101,14 +101,21 @@ def _quantize(
     state, images_per_s = loop.train(session, state, folder, save)
     state = session.deliver(state)
     synthetic.save_samples(session, state, folder)
-    on_synthetic = synthetic.compare(session, state)
+    held_out = synthetic.held_out(session, state)
   if not sharding.is_lead():
     return {}
   _save_student(session, state, folder / student_lib.FILE)
   student = student_lib.load(folder)
-  networks: dict[str, evaluation.Predict] = {
-    'student': evaluation.of_student(student)
+  networks = {
+    'teacher': evaluation.of_teacher(session.teacher),
+    'student': evaluation.of_student(student),
   }
+  on_synthetic = synthetic.compare(
+    held_out,
+    networks['teacher'],
+    networks['student'],
+    session.config.eval.batch_size,
+  )
   exported = {}
   is_deployable = session.config.quant.placement == 'integer'
   if is_deployable and session.config.export.after_training:
@@ -117,9 +124,7 @@ def _quantize(
       session.config, student, session.teacher, folder, folder / 'export'
     )
   results = {
-    **evaluation.of_teacher_and(
-      networks, session.teacher, images, session.config.eval
-    ),
+    **evaluation.of_config(networks, images, session.config.eval),
     **_facts(session, on_synthetic),
     **exported,
     'steps': int(state.step),

@@ -48,11 +48,36 @@ def predictions(
     batch = images[start : start + batch_size]
     if saw is not None:
       saw(batch)
-    missing = batch_size - len(batch)
-    padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    classes = [jnp.argmax(logits(padded), -1) for logits in networks]
+    padded = _padded(batch, batch_size)
+    classes = [jnp.argmax(network(padded), -1) for network in networks]
     answers.append([found[: len(batch)] for found in classes])
   return np.concatenate(jax.device_get(answers), 1)
+
+
+def logits(
+  networks: Sequence[Predict], images: Sequence[np.ndarray], batch_size: int
+) -> np.ndarray:
+  """Returns each network's logits of every image.
+
+  Args:
+    networks: functions as in `predictions`.
+    images: uint8 [H, W, C] each.
+    batch_size: images per call; the last batch is padded.
+
+  Returns:
+    float32 [len(networks), N, K].
+  """
+  answers = []
+  for start in range(0, len(images), batch_size):
+    batch = np.stack(images[start : start + batch_size])
+    padded = _padded(batch, batch_size)
+    answers.append([network(padded)[: len(batch)] for network in networks])
+  return np.concatenate(jax.device_get(answers), 1)
+
+
+def _padded(batch: np.ndarray, batch_size: int) -> np.ndarray:
+  missing = batch_size - len(batch)
+  return np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
 
 
 def percent(right: np.ndarray) -> float:
@@ -132,6 +157,16 @@ def on_images(
   return results
 
 
+def of_teacher(teacher: Teacher) -> Predict:
+  """Returns a compiled function from images to the teacher's logits."""
+  network = teacher.build(float_layers.layer_set())
+
+  def logits(variables, pixels):
+    return network.apply(variables, teacher.preprocessing.normalize(pixels))
+
+  return functools.partial(compile_options.jit(logits), teacher.variables)
+
+
 def of_student(student: Student) -> Predict:
   """Returns a compiled function from images to a student's logits."""
   # As an argument, the student is no constant of the program.
@@ -148,17 +183,13 @@ def of_integer(student: Student) -> Predict:
   return compile_options.jit(student.integer().logits)
 
 
-def of_teacher_and(
-  others: Mapping[str, Predict],
-  teacher: Teacher,
-  images: Images | None,
-  section: Eval,
+def of_config(
+  networks: Mapping[str, Predict], images: Images | None, section: Eval
 ) -> dict[str, Any]:
-  """Measures the teacher and the networks made from it.
+  """Measures networks on the images that a config describes.
 
   Args:
-    others: compiled functions as in `on_images`, without the teacher.
-    teacher: the teacher of the run.
+    networks: compiled functions as in `on_images`.
     images: real images, or None.
     section: the section `config.eval`.
 
@@ -168,13 +199,7 @@ def of_teacher_and(
   Raises:
     InputError: no image can be decoded.
   """
-  network = teacher.build(float_layers.layer_set())
-
-  def logits(variables, pixels):
-    return network.apply(variables, teacher.preprocessing.normalize(pixels))
-
-  own = functools.partial(compile_options.jit(logits), teacher.variables)
-  results = on_images({'teacher': own, **others}, images, section.batch_size)
+  results = on_images(networks, images, section.batch_size)
   if images is not None:
     where = {'source': section.source, 'path': section.path}
     results['images'] = {**where, **results['images']}

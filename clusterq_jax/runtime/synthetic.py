@@ -1,6 +1,7 @@
 """Compares student and teacher on generated images and saves samples."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,22 +21,11 @@ def prepare(session: Session) -> None:
   """Begins to compile the programs of this module."""
   networks = session.steps.networks
 
-  def pair(state, variables, x):
-    teacher = networks.teacher_logits(variables, x)
-    student = networks.student_logits(state.student, variables, x)
-    agree = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)
-    return agree, losses.distillation_loss(student, teacher)
-
-  def compare(state, variables, key):
+  def held_out(state, key):
     image_key, mix_key = jax.random.split(key)
     images, _ = networks.generate(state.generator, image_key)
-    x = networks.preprocessing.to_pixels(images)
-    x = networks.preprocessing.normalize(x)
-    blended = augment.mixup(mix_key, x, 1.0)
-    # A loop compiles the two networks once.
-    return jax.lax.map(
-      lambda x: pair(state, variables, x), jnp.stack([x, blended])
-    )
+    blended = augment.mixup(mix_key, images, 1.0)
+    return networks.preprocessing.to_pixels(jnp.stack([images, blended], 1))
 
   def sample(state, key):
     labels = jnp.asarray(_sample_labels(session))
@@ -43,7 +33,7 @@ def prepare(session: Session) -> None:
 
   state = session.abstract_state()
   session.start(sample, state, session.keys['samples'])
-  session.start(compare, state, session.variables, session.keys['held_out'])
+  session.start(held_out, state, session.keys['held_out'])
 
 
 def _sample_labels(session: Session) -> np.ndarray:
@@ -51,34 +41,54 @@ def _sample_labels(session: Session) -> np.ndarray:
   return np.repeat(np.arange(classes), samples.COLUMNS)
 
 
-def compare(session: Session, state: TrainState) -> dict[str, Any]:
-  """Compares student and teacher on images generated from new noise.
+def held_out(session: Session, state: TrainState) -> list[np.ndarray]:
+  """Generates images from new noise; every second one is a blend of two.
 
-  On unblended images the two hardly ever disagree, because the student was
-  trained on similar ones. Blended images lie between classes, as many real
-  images do.
+  On unblended images student and teacher hardly ever disagree, because the
+  student was trained on similar ones. Blended images lie between classes, as
+  many real images do. Every process has to call this.
 
   Args:
     session: session of the run.
-    state: state with the final student.
+    state: state with the generator.
+
+  Returns:
+    Images, uint8 [H, W, C] each; at least `HELD_OUT` of either kind.
+  """
+  prepare(session)
+  program, found = session.wait('held_out'), []
+  batches = -(-HELD_OUT // session.steps.networks.batch_size)
+  for key in jax.random.split(session.keys['held_out'], batches):
+    found += [*np.concatenate(jax.device_get(program(state, key)))]
+  return found
+
+
+def compare(
+  images: Sequence[np.ndarray],
+  teacher: evaluation.Predict,
+  student: evaluation.Predict,
+  batch_size: int,
+) -> dict[str, Any]:
+  """Compares student and teacher on synthetic images.
+
+  Args:
+    images: result of `held_out`.
+    teacher: compiled function; see `evaluation.predictions`.
+    student: compiled function; see `evaluation.predictions`.
+    batch_size: images per call.
 
   Returns:
     `agreement` and `blended_agreement` in percent, `blended_divergence` (mean
     KL) in nats, and `n`, the number of images.
   """
-  prepare(session)
-  program, variables = session.wait('compare'), session.variables
-  batches = -(-HELD_OUT // session.steps.networks.batch_size)
-  keys = jax.random.split(session.keys['held_out'], batches)
-  found = jax.device_get([program(state, variables, key) for key in keys])
-  session.forget('compare')
-  whole, blended = np.concatenate([agree for agree, _ in found], -1)
-  divergence = float(np.mean([divergence for _, (_, divergence) in found]))
+  expected, found = evaluation.logits((teacher, student), images, batch_size)
+  agree = np.argmax(expected, -1) == np.argmax(found, -1)
+  divergence = losses.distillation_loss(found[1::2], expected[1::2])
   return {
-    'agreement': evaluation.percent(whole),
-    'blended_agreement': evaluation.percent(blended),
-    'blended_divergence': round(divergence, 6),
-    'n': len(whole),
+    'agreement': evaluation.percent(agree[::2]),
+    'blended_agreement': evaluation.percent(agree[1::2]),
+    'blended_divergence': round(float(divergence), 6),
+    'n': len(agree[::2]),
   }
 
 

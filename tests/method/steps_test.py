@@ -459,7 +459,7 @@ def test_every_program_is_compiled_once(finished, step, state):
     'joint_step',
     'student_step',
     'sample',
-    'compare',
+    'held_out',
   )
   # Programs reject other shapes instead of recompiling.
   with pytest.raises(TypeError):
