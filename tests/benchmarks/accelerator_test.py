@@ -20,7 +20,7 @@ def scripts(monkeypatch):
   """Returns a list of scripts that run in the place of the processes."""
   found = []
 
-  def start(module, *arguments, folder, env, **kwargs):
+  def start(module, *arguments, folder, variables, **kwargs):
     command = [sys.executable, '-c', found.pop(0), *arguments]
     return subprocess.Popen(command, cwd=folder, **kwargs)
 
