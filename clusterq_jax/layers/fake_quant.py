@@ -143,11 +143,14 @@ class QuantConvBN(_Quantized, float_layers.BatchNormBase):
     """Maps [B, H, W, I] to [B, H', W', O]."""
     kernel, scale, bias, mean, var = self.make_variables(x)
     quantized = self.quantize_weights(kernel, lambda: self.patches(x))
-    h = self.convolve(x, quantized)
     if self.calibrate and self.has_variable('targets', 'input'):
+      h = self.convolve(x, quantized)
       scale, bias = self._corrected(h, scale, bias, mean.value, var.value)
+    # The BatchNorm is part of the kernel, so that its gradient needs no pass
+    # over the outputs.
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
-    h = channels.scale_and_shift(h, gain, bias - mean.value * gain)
+    h = self.convolve(x, quantized * gain)
+    h = channels.shift(h, bias - mean.value * gain)
     return self.quantize_output(functions.activate(h, self.act))
 
   def _corrected(self, h, scale, bias, mean, var):
@@ -196,7 +199,7 @@ class QuantConv(_Quantized, float_layers.ConvBase):
     """Maps [B, H, W, I] to [B, H', W', O]."""
     kernel, bias = self.make_kernel(x), self.make_bias()
     quantized = self.quantize_weights(kernel, lambda: self.patches(x))
-    h = self.convolve(x, quantized) + bias
+    h = channels.shift(self.convolve(x, quantized), bias)
     if self.calibrate and self.has_variable('targets', 'input'):
       target: Statistics = self.get_variable('targets', 'input')
       shift = target.mean - batch_statistics(sample_moments(h)).mean

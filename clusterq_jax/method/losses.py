@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clusterq_jax.ops import channels
 from clusterq_jax.ops.moments import EPSILON, Statistics
 
 
@@ -74,10 +75,14 @@ def features_loss(
     The mean over layers, [].
   """
   errors = [
-    jnp.mean(jnp.square(s - t)) / (jnp.mean(jnp.square(t)) + EPSILON)
+    _mean_square(s - t) / (_mean_square(t) + EPSILON)
     for s, t in zip(student, teacher, strict=True)
   ]
   return sum(errors, start=jnp.zeros(())) / len(errors)
+
+
+def _mean_square(x: jax.Array) -> jax.Array:
+  return channels.whole(jnp.square(x)) / x.size
 
 
 def _distance(a: Statistics, b: Statistics) -> jax.Array:

@@ -72,6 +72,11 @@ def test_quantized_conv_by_hand(image):
   )
   expected = np.einsum('bhwi,bhwo->io', image, inside * gain)
   np.testing.assert_allclose(gradient['kernel'][0, 0], expected, rtol=1e-3)
+  params = variables['params']
+  normalized = (h - params['bias']) / params['scale']
+  np.testing.assert_allclose(
+    gradient['scale'], (inside * normalized).sum((0, 1, 2)), rtol=1e-3, atol=1
+  )
 
 
 def test_calibration_replaces_the_step(image):
