@@ -10,7 +10,6 @@ References:
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +23,6 @@ from clusterq_jax.ops import convolution
 from clusterq_jax.ops.moments import Moments, sample_moments
 
 _PRETRAIN_MOMENTUM = 0.9  # decay of the moving averages, per step
-# Numbers that `ConvBase.patches` returns. All 64 images that calibrate
-# EfficientNet-Lite0 fit.
-_MOST_PATCHES = 5 * 2**26
 
 
 class ConvVariables(NamedTuple):
@@ -93,15 +89,10 @@ class ConvBase(nn.Module):
     )
 
   def patches(self, x: jax.Array) -> jax.Array:
-    """Returns the inputs of output pixels; see `convolution.patches`.
-
-    Covers the first images [B, H, W, I] whose patches fit in 1.3 GB.
-    """
-    size = convolution.window(self.kernel)
-    values = math.prod(size) * math.prod(x.shape[1:]) // self.strides**2
+    """Returns the kernel's inputs for x [B, H, W, I]; see `ops.convolution`."""
     return convolution.patches(
-      x[: max(1, _MOST_PATCHES // values)],
-      size,
+      x,
+      convolution.window(self.kernel),
       self.strides,
       self.padding,
       self.groups,

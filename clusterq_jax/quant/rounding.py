@@ -11,6 +11,10 @@ References:
   Frantar et al., GPTQ, arXiv 2210.17323, eqs. 2 and 3.
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,9 +29,46 @@ _DAMPING = 0.01
 _MOST_INPUTS = 8192
 
 
+class Inputs(NamedTuple):
+  """What `compensate` knows of a kernel's inputs.
+
+  Attributes:
+    moments: second moments, [G, N, N].
+    pixels: number P of output pixels.
+  """
+
+  moments: jax.Array
+  pixels: int
+
+
+def measure(
+  patches: Callable[[jax.Array], jax.Array], batches: jax.Array
+) -> Inputs:
+  """Measures the inputs of a kernel, one batch at a time.
+
+  Args:
+    patches: maps a batch of images to the kernel's inputs, [p, G, N].
+    batches: [batches, ...].
+  """
+  shape = jax.eval_shape(patches, batches[0]).shape
+  pixels = len(batches) * shape[0]
+
+  def add(total, batch):
+    x = patches(batch)
+    # Products in the default precision of accelerators might not be positive
+    # definite.
+    return total + jnp.einsum(
+      'pgn,pgm->gnm', x, x, precision=lax.Precision.HIGHEST
+    ), None
+
+  zeros = jnp.zeros((shape[1], shape[2], shape[2]), batches.dtype)
+  total, _ = lax.scan(add, zeros, batches)
+  return Inputs(total / pixels, pixels)
+
+
 def compensate(
   kernel: jax.Array,
-  patches: jax.Array,
+  inputs: Callable[[], Inputs],
   step: jax.Array,
   low: numerics.Code,
   high: numerics.Code,
@@ -37,7 +78,7 @@ def compensate(
   Args:
     kernel: weights, [..., O]; N is the product of the leading axes. The outputs
       of one group of input channels are adjacent.
-    patches: inputs, [P, G, N].
+    inputs: measures the kernel's inputs; is not called if they are too many.
     step: step of the weights of each output channel, [O].
     low: smallest code.
     high: largest code.
@@ -46,20 +87,15 @@ def compensate(
     The rounded weights, with the shape of kernel: integers from low to high,
     times the step.
   """
-  count, groups, inputs = patches.shape
-  if inputs > _MOST_INPUTS:
+  if math.prod(kernel.shape[:-1]) > _MOST_INPUTS:
     return numerics.fake_quant(kernel, step, low, high)
-  # Products in the default precision of accelerators might not be positive
-  # definite.
-  moments = jnp.einsum(
-    'pgn,pgm->gnm', patches, patches, precision=lax.Precision.HIGHEST
-  )
-  moments /= count
+  moments, pixels = inputs()
+  groups, n = moments.shape[:2]
   power = jnp.mean(jnp.diagonal(moments, axis1=1, axis2=2), -1)
   # Few output pixels determine the correlations badly, so they damp more.
-  damping = (_DAMPING + inputs / count) * power + 1e-12
-  moments += damping[:, None, None] * jnp.eye(inputs)
-  columns = kernel.reshape(inputs, groups, -1).swapaxes(0, 1)
+  damping = (_DAMPING + n / pixels) * power + 1e-12
+  moments += damping[:, None, None] * jnp.eye(n)
+  columns = kernel.reshape(n, groups, -1).swapaxes(0, 1)
   rounded = jax.vmap(_compensate, (0, 0, 0, None, None))(
     columns, moments, step.reshape(groups, -1), low, high
   )

@@ -1,7 +1,5 @@
 """Rounding that preserves a layer's outputs."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -9,9 +7,17 @@ from clusterq_jax.quant import rounding
 
 _LOW, _HIGH = -7, 7
 _STEP = 0.1
-_compensate = jax.jit(
-  functools.partial(rounding.compensate, low=_LOW, high=_HIGH)
-)
+
+
+@jax.jit
+def _compensate(kernel, patches, step):
+  return rounding.compensate(
+    kernel,
+    lambda: rounding.measure(lambda x: x, patches[None]),
+    step,
+    _LOW,
+    _HIGH,
+  )
 
 
 def _inputs(count, groups, inputs, seed=0):
@@ -98,3 +104,23 @@ def test_groups_are_rounded_on_their_own():
       kernel[..., own], patches[:, group : group + 1], step[own]
     )
     np.testing.assert_allclose(whole[..., own], alone, atol=1e-6)
+
+
+def test_batches_are_measured_like_their_whole():
+  patches = _inputs(60, 3, 4)
+  moments, pixels = rounding.measure(
+    lambda x: 2 * x, patches.reshape(5, 12, 3, 4)
+  )
+  assert pixels == 60
+  expected = 4 * np.einsum('pgn,pgm->gnm', patches, patches) / 60
+  np.testing.assert_allclose(moments, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_too_many_inputs_are_not_measured():
+  kernel = np.full((9000, 1), 0.26, np.float32)
+
+  def inputs():
+    raise AssertionError
+
+  rounded = rounding.compensate(kernel, inputs, np.full(1, _STEP), _LOW, _HIGH)
+  np.testing.assert_allclose(rounded, 0.3, atol=1e-6)
