@@ -13,8 +13,8 @@ images.
     python -m clusterq_jax.main --config=configs/efficientnet_lite0.py \
         --workdir=runs/efficientnet_lite0
 
-It needs weights/efficientnet_lite0.pth and about 6 GB of memory: at W8A8 and
-half this length, the peak was 5.9 GB. Accuracy and time: docs/results.md.
+It needs weights/efficientnet_lite0.pth and about 5 GB of memory: at W8A8 and
+half this length, the peak was 4.8 GB. Accuracy and time: docs/results.md.
 """
 
 import clusterq_jax as cq
