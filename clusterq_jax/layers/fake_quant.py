@@ -26,9 +26,9 @@ from clusterq_jax.ops.moments import (
 from clusterq_jax.quant import numerics, quantizers, rounding
 from clusterq_jax.quant.plan import Output, Plan
 
-# Numbers in the patches with which calibration rounds a convolution: in all of
-# them, which bounds the time, and in those that are in memory at once. All 64
-# images that calibrate EfficientNet-Lite0 fit.
+# Largest count of numbers in the patches that round a convolution: of all its
+# images, which bounds the time, and of those in memory at once. All 64 images
+# that calibrate EfficientNet-Lite0 fit.
 _MOST_PATCHES, _PATCHES_AT_ONCE = 5 * 2**26, 2**24
 # Largest factor by which calibration raises or lowers a gain. If few images
 # activate a channel, its ratio of standard deviations is unreliable.
@@ -164,8 +164,8 @@ class QuantConvBN(_Quantized, float_layers.BatchNormBase):
     if self.calibrate and self.has_variable('targets', 'input'):
       h = self.convolve(x, quantized)
       scale, bias = self._corrected(h, scale, bias, mean.value, var.value)
-    # The BatchNorm is part of the kernel, so that its gradient needs no pass
-    # over the outputs.
+    # With the BatchNorm's gain in the kernel, its gradient is a sum over the
+    # kernel and not over the outputs. Only calibration convolves twice.
     gain = scale * jax.lax.rsqrt(var.value + self.epsilon)
     h = self.convolve(x, quantized * gain)
     h = channels.shift(h, bias - mean.value * gain)

@@ -44,11 +44,17 @@ class Inputs(NamedTuple):
 def measure(
   patches: Callable[[jax.Array], jax.Array], batches: jax.Array
 ) -> Inputs:
-  """Measures the inputs of a kernel, one batch at a time.
+  """Measures the inputs of a kernel, one batch after the other.
+
+  The patches of all images together may take gigabytes.
 
   Args:
-    patches: maps a batch of images to the kernel's inputs, [p, G, N].
-    batches: [batches, ...].
+    patches: maps a batch to the kernel's inputs at its p output pixels,
+      [p, G, N].
+    batches: batches of the same size, stacked along the first axis.
+
+  Returns:
+    The moments and the number of pixels over all batches.
   """
   shape = jax.eval_shape(patches, batches[0]).shape
   pixels = len(batches) * shape[0]
@@ -78,7 +84,7 @@ def compensate(
   Args:
     kernel: weights, [..., O]; N is the product of the leading axes. The outputs
       of one group of input channels are adjacent.
-    inputs: measures the kernel's inputs; is not called if they are too many.
+    inputs: measures the kernel's inputs; not called above `_MOST_INPUTS`.
     step: step of the weights of each output channel, [O].
     low: smallest code.
     high: largest code.

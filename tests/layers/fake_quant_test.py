@@ -75,7 +75,10 @@ def test_quantized_conv_by_hand(image):
   params = variables['params']
   normalized = (h - params['bias']) / params['scale']
   np.testing.assert_allclose(
-    gradient['scale'], (inside * normalized).sum((0, 1, 2)), rtol=1e-3, atol=1
+    gradient['scale'],
+    (inside * normalized).sum((0, 1, 2)),
+    rtol=1e-3,
+    atol=0.01,
   )
 
 
